@@ -1,0 +1,35 @@
+"""Builds the C++ ops on LibTorch's stable ABI: no pybind, no Python ABI, seconds a file, torch 2.11 and later."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+
+# no -march=native: a wheel must run on another machine, so each ISA is a function attribute chosen at run time (csrc/cpu/isa.h)
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+DEFINES = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+
+with_cuda = bool(CUDA_SOURCES and torch.version.cuda and (shutil.which("nvcc") or os.environ.get("CUDA_HOME")))
+extension = CUDAExtension if with_cuda else CppExtension
+
+setup(
+    ext_modules=[
+        extension(
+            "pysparse_ticket._C",
+            CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
