@@ -1,0 +1,17 @@
+"""What a weight is worth. A score maps a model (and data) to ``{parameter name: float64 tensor}``, lowest goes first."""
+
+from __future__ import annotations
+
+from .gradient import grasp, grasp_signed, snip
+from .magnitude import magnitude, prunable, random
+
+SCORES = {"magnitude": magnitude, "random": random, "snip": snip, "grasp": grasp, "grasp-signed": grasp_signed}
+
+__all__ = ["SCORES", "grasp", "grasp_signed", "lookup", "magnitude", "prunable", "random", "snip"]
+
+
+def lookup(name: str):
+    """The score of that name; ValueError lists the known ones."""
+    if name not in SCORES:
+        raise ValueError(f"unknown score {name!r}; known: {', '.join(SCORES)}")
+    return SCORES[name]

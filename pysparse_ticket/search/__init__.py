@@ -1,0 +1,5 @@
+"""Ways to find a ticket; each composes a score, a granularity, a selection and a schedule."""
+
+from .at_init import at_init
+
+__all__ = ["at_init"]

@@ -1,0 +1,41 @@
+# make demo   .venv, pinned dependencies, compiled kernels, then the main job on the embedded default
+# make test   the same set-up if need be, then the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test lint format wheel-test clean
+
+setup: $(SETUP)
+
+# without build isolation, so that the extension is built against the very torch that is installed;
+# a failed step leaves no $(SETUP), and the next make tries again
+$(SETUP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools ninja wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo,energy,dev]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/pysparse-ticket info
+	$(BIN)/pysparse-ticket compare $(DEMO)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# a wheel in a venv of its own, used from outside the source tree
+wheel-test: $(SETUP)
+	.ci/wheel-test $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pysparse_ticket/*.so

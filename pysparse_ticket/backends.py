@@ -1,0 +1,65 @@
+"""What this installation can run, and why a backend is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+
+from .ops.library import CPU_ERROR, cpu_isa
+
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
+
+
+def cpu_features() -> list[str]:
+    """Those of the CPU flags that matter to the kernels which this machine names."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    present = set(line.split())
+    return [flag for flag in CPU_FLAGS if flag in present]
+
+
+def backends() -> dict[str, str | None]:
+    """{backend: None if it is there, else the reason why not}."""
+    return {"reference": None, "cpu": CPU_ERROR, "triton": _triton(), "cuda": _cuda()}
+
+
+def _triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _kernels():
+        return "this version has no Triton kernel yet"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible; the kernels run under TRITON_INTERPRET=1 alone"
+    return None
+
+
+def _kernels() -> list[Path]:
+    spec = importlib.util.find_spec("pysparse_ticket.kernels")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    return sorted(folder.glob("[a-z]*.py")) if folder else []
+
+
+def _cuda() -> str | None:
+    if CPU_ERROR:
+        return CPU_ERROR
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible" if torch.version.cuda else "this torch is a CPU build"
+    if not hasattr(torch.ops.pysparse_ticket, "cuda_arch"):
+        nvcc = "nvcc is at hand, but " if shutil.which("nvcc") else "nvcc was not found, and "
+        return nvcc + "this version has no CUDA kernel yet"
+    return None
+
+
+def summary() -> list[tuple[str, str]]:
+    """Rows for ``pysparse-ticket info``."""
+    rows = [
+        (name, f"available, runs {cpu_isa()}" if name == "cpu" and not reason else reason or "available")
+        for name, reason in backends().items()
+    ]
+    return [(f"backend {name}", text if text.startswith("available") else f"not available: {text}") for name, text in rows]

@@ -1,0 +1,188 @@
+"""The command ``pysparse-ticket``. Bad input ends with one sentence and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.command()
+def info() -> None:
+    """Versions, CPU features, GPU, and each backend with why it is or is not available."""
+    import importlib.metadata
+
+    import numpy
+
+    from .backends import cpu_features, summary
+    from .report.machine import machine
+
+    facts = machine()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = [
+        ("pysparse-ticket", f"{__version__}, revision {facts['revision'] or 'unknown'}"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("numpy", numpy.__version__),
+        ("triton", _version("triton", importlib.metadata)),
+        ("cpu", f"{facts['cpu']}, {facts['threads']} threads; {', '.join(cpu_features()) or 'no AVX'}"),
+        ("gpu", facts["gpu"] or "none visible"),
+        *summary(),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _version(package: str, metadata) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="digits, procedural, cifar10 or cifar100")] = "digits",
+    model: Annotated[str, typer.Option(help="resnet14 .. resnet110, lenet-300-100, mlp-N")] = "resnet32",
+    size: Annotated[int, typer.Option(help="digits are scaled to this many pixels")] = 16,
+    root: Annotated[str | None, typer.Option(help="folder of the CIFAR files")] = None,
+    download: Annotated[bool, typer.Option(help="fetch CIFAR if it is not there")] = False,
+    epochs: int = 8,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    seeds: Annotated[int, typer.Option(help="paired seeds, the same for every arm")] = 3,
+    remove: Annotated[int, typer.Option(help="blocks that the layer tickets remove")] = 5,
+    sparsity: Annotated[float, typer.Option(help="of the weight ticket, in [0, 1)")] = 0.9,
+    race_compile: Annotated[bool, typer.Option(help="let torch.compile compete for the dense arm")] = False,
+    country: Annotated[str | None, typer.Option(help="ISO code whose grid intensity gives g CO2")] = None,
+    gco2_per_kwh: Annotated[float | None, typer.Option(help="grid intensity, instead of a country")] = None,
+    device: str = "cpu",
+    name: Annotated[str | None, typer.Option(help="folder below runs/; an interrupted one goes on")] = None,
+    runs: Annotated[Path, typer.Option(help="where the run folders live")] = Path("runs"),
+) -> None:
+    """Train dense, layer, filter and weight tickets side by side: accuracy, seconds, MACs, memory, joules."""
+    from .compare import Settings
+    from .compare import compare as run
+    from .report import machine_line, rich_table
+    from .train import Interrupted, TrainConfig
+
+    with _one_sentence():
+        config = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            warmup_epochs=min(1, epochs),
+            milestones=tuple(sorted({m for m in (round(0.6 * epochs), round(0.85 * epochs)) if 1 <= m < epochs})),
+            device=device,
+        )
+        settings = Settings(
+            data=data,
+            model=model,
+            size=size,
+            root=root,
+            download=download,
+            train=config,
+            seeds=seeds,
+            remove=remove,
+            sparsity=sparsity,
+            race_compile=race_compile,
+            country=country,
+            gco2_per_kwh=gco2_per_kwh,
+        )
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        folder = runs / (name or f"{data}-{model}-{stamp}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("racing the dense formats", total=None)
+            try:
+                arms = run(
+                    settings,
+                    folder,
+                    lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+                )
+            except Interrupted as stop:
+                bar.stop()
+                errors.print(f"{stop}; go on with: pysparse-ticket compare --name {folder.name} and the same options")
+                raise typer.Exit(130) from None
+        console.print(rich_table(arms, f"{model} on {data}, {seeds} paired seeds"))
+        console.print(f"{machine_line()}\nenergy: {arms[0]['energy_method']}\nwritten to {folder}/", soft_wrap=True)
+
+
+@app.command()
+def find(
+    out: Annotated[Path, typer.Argument(help="the ticket's file")],
+    data: str = "digits",
+    model: str = "resnet32",
+    size: int = 16,
+    root: str | None = None,
+    score: Annotated[str, typer.Option(help="magnitude, random, snip, grasp or grasp-signed")] = "grasp",
+    granularity: Annotated[str, typer.Option(help="layer, filter, weight, n:m or block:HxW")] = "layer",
+    remove: Annotated[int | None, typer.Option(help="blocks or filters")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="of weights or tiles")] = None,
+    aggregate: str = "sum",
+    batch_size: int = 128,
+    seed: int = 0,
+) -> None:
+    """Find a ticket at initialisation and save it."""
+    from .compare import Settings, build, first_batch
+    from .data import load
+    from .search import at_init
+    from .train import TrainConfig
+
+    with _one_sentence():
+        settings = Settings(data=data, model=model, size=size, root=root, train=TrainConfig(epochs=1, batch_size=batch_size))
+        images = load(data, root=root, **({"size": size} if data == "digits" else {}))
+        ticket = at_init(
+            build(settings, images, seed),
+            first_batch(settings, images, seed),
+            score=score,
+            granularity=granularity,
+            remove=remove,
+            sparsity=sparsity,
+            aggregate=aggregate,
+            seed=seed,
+        )
+        ticket.provenance |= {"data": data, "model": model}
+        ticket.save(out)
+        gone = f", removed {', '.join(ticket.removed_blocks)}" if ticket.layers else ""
+        console.print(f"{out}: sparsity {ticket.sparsity:.2%}{gone}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _one_sentence():
+    """Errors that name what the user gave become one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        errors.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

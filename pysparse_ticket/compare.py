@@ -1,0 +1,241 @@
+"""The main job: find tickets, train each beside the dense network, and put accuracy, seconds and joules in one table."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data as datasets
+from . import models
+from .data import ImageData
+from .files import replace_file
+from .measure import Meter, interleave, macs, parameters, peak_bytes
+from .nn import sparsify
+from .planner import plan, step
+from .report import cells, machine, machine_line, markdown_table, plot_arms
+from .search import at_init
+from .ticket import Ticket
+from .train import Progress, TrainConfig, train
+
+DENSE_FORMATS = ("contiguous", "channels_last", "compile")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``pysparse-ticket compare`` takes; the defaults are the embedded demonstration."""
+
+    data: str = "digits"
+    model: str = "resnet32"
+    size: int | None = 16
+    root: str | None = None
+    download: bool = False
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8, lr=0.1, warmup_epochs=1, milestones=(5, 7)))
+    seeds: int = 3
+    remove: int = 5
+    sparsity: float = 0.9
+    race_compile: bool = False
+    country: str | None = None
+    gco2_per_kwh: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+
+
+Search = Callable[[nn.Module, tuple[Tensor, Tensor], int], Ticket | None]
+
+
+def arms(settings: Settings) -> dict[str, Search]:
+    """Each arm's name and how its ticket is found on a freshly initialised model."""
+
+    def layers(score: str) -> Search:
+        return lambda model, batch, seed: at_init(
+            model, batch, score=score, granularity="layer", remove=settings.remove, seed=seed
+        )
+
+    def twin(model: nn.Module, batch: tuple[Tensor, Tensor], seed: int) -> Ticket:
+        layer_ticket = layers("grasp")(model, batch, seed)
+        count = filters_removed(model, layer_ticket)
+        return at_init(model, batch, score="grasp", granularity="filter", remove=count, seed=seed)
+
+    def weights(model: nn.Module, batch: tuple[Tensor, Tensor], seed: int) -> Ticket:
+        return at_init(model, batch, score="magnitude", granularity="weight", sparsity=settings.sparsity, seed=seed)
+
+    return {
+        "dense": lambda model, batch, seed: None,
+        f"layers grasp -{settings.remove}": layers("grasp"),
+        f"layers snip -{settings.remove}": layers("snip"),
+        f"layers random -{settings.remove}": layers("random"),
+        "filters grasp, same count": twin,
+        f"weights {settings.sparsity:.0%}": weights,
+    }
+
+
+def filters_removed(model: nn.Module, ticket: Ticket) -> int:
+    """Filters in the blocks that a layer ticket removes: what its filter-pruned twin has to remove."""
+    blocks = [model.get_submodule(name) for name in ticket.removed_blocks]
+    return sum(m.out_channels for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d))
+
+
+def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> list[dict]:
+    """Run every arm at every seed, interleaved; write summary.json, run.json, table.md, plot.png and the tickets.
+
+    ``on_progress(arm and seed, steps done, steps in all)`` is called after each optimizer step. Each training run
+    leaves a checkpoint in ``folder``: called again with the same settings and folder, an interrupted comparison goes
+    on where it stopped. Returns the arms as written to summary.json.
+    """
+    options = {"size": settings.size} if settings.data == "digits" else {}
+    data = datasets.load(settings.data, root=settings.root, download=settings.download, **options)
+    data = data.to(settings.train.device)
+    searches = arms(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    dense_format, dense_times = fastest_dense_format(settings, data)
+
+    results: dict[str, list[dict]] = {name: [] for name in searches}
+    order = list(searches)
+    per_run = settings.train.epochs * -(-len(data.train_labels) // settings.train.batch_size)
+    done, total = 0, per_run * len(searches) * settings.seeds
+    for seed in range(settings.seeds):
+        for name in order[seed % len(order) :] + order[: seed % len(order)]:  # no arm always runs first
+
+            def tick(progress: Progress, name=name, done=done) -> None:
+                on_progress(f"{name}, seed {seed}", done + progress.step, total)
+
+            run = one_run(settings, data, name, searches[name], seed, folder, dense_format, tick)
+            results[name].append(run)
+            done += per_run
+    summary = [summarise(name, runs, results["dense"], settings) for name, runs in results.items()]
+    facts = machine() | {"settings": asdict(settings), "dense_format": dense_format, "dense_step_seconds": dense_times}
+    write(folder / "summary.json", json.dumps(summary, indent=2))
+    write(folder / "run.json", json.dumps(facts, indent=2))
+    header, rows = cells(summary)
+    energy = sorted({arm["energy_method"] for arm in summary})
+    dense_note = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in dense_times.items())
+    text = (
+        f"{markdown_table(header, rows)}\n{settings.model} on {settings.data}, {settings.seeds} paired seeds, "
+        f"{settings.train.epochs} epochs. {machine_line(facts)}. Dense step: {dense_note}; {dense_format} is used. "
+        f"Energy: {'; '.join(energy)}.\n"
+    )
+    write(folder / "table.md", text)
+    plot_arms(summary, folder / "plot.png")
+    return summary
+
+
+def fastest_dense_format(settings: Settings, data: ImageData) -> tuple[str, dict[str, float]]:
+    """Race one training step of the dense network in each memory format (and compiled, if asked for)."""
+    x, _ = first_batch(settings, data)
+    model = build(settings, data, seed=0).train()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    candidates = {
+        "contiguous": step(model, x),
+        "channels_last": step(last, x.contiguous(memory_format=torch.channels_last)),
+    }
+    if settings.race_compile:
+        candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
+    times = {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
+    return min(times, key=times.__getitem__), times
+
+
+def build(settings: Settings, data: ImageData, seed: int) -> nn.Module:
+    """The arm's network at its initialisation: the same for every arm of a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.build(settings.model, data.classes, data.shape).to(settings.train.device)
+
+
+def first_batch(settings: Settings, data: ImageData, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A seeded batch for scoring and planning."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(data.train_labels), generator=generator)[: settings.train.batch_size]
+    augment = torch.Generator(settings.train.device).manual_seed(seed)
+    return data.train_batch(index.to(settings.train.device), augment)
+
+
+def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, dense_format: str, tick) -> dict:
+    """Find, sparsify and train one arm at one seed."""
+    model, batch = build(settings, data, seed), first_batch(settings, data, seed)
+    began = time.perf_counter()
+    ticket = search(model, batch, seed)
+    last = dense_format != "contiguous"
+    x = batch[0].contiguous(memory_format=torch.channels_last) if last else batch[0]
+    slug = name.replace(" ", "-").replace(",", "").replace("%", "")
+    if ticket is not None:
+        ticket.save(folder / f"{slug}-seed{seed}.ticket.safetensors")
+        if last:
+            model = model.to(memory_format=torch.channels_last)
+        model = sparsify(model, ticket, sample=x)
+    found = time.perf_counter() - began
+    config = replace(settings.train, seed=seed, channels_last=last)
+    cost = {
+        "macs": macs(copy.deepcopy(model), x[:1]),
+        "parameters": parameters(model),
+        "peak_bytes": peak_bytes_of(model, x, batch[1], config) if seed == 0 else None,
+        "plan": plan(model).rows() if ticket is not None else [],
+    }
+    runner = torch.compile(model) if dense_format == "compile" and not ticket_is_masked(ticket) else model
+    with Meter(settings.train.device, country=settings.country, gco2_per_kwh=settings.gco2_per_kwh) as meter:
+        history = train(runner, data, config, checkpoint=folder / f"{slug}-seed{seed}.checkpoint", on_step=tick)
+    return cost | {
+        "accuracy": history.test_accuracy,
+        "seconds": history.seconds,
+        "find_seconds": found,
+        "joules": meter.joules,
+        "gco2": meter.gco2,
+        "energy_method": meter.method,
+    }
+
+
+def ticket_is_masked(ticket: Ticket | None) -> bool:
+    return ticket is not None and bool(ticket.masks)
+
+
+def peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> int:
+    """Peak memory of one training step on a copy of the model."""
+    twin = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(twin.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+
+    def one_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+
+    one_step()  # so that the optimizer's state is there
+    return peak_bytes(one_step, twin, optimizer, config.device)
+
+
+def summarise(name: str, runs: list[dict], dense: list[dict], settings: Settings) -> dict:
+    """One arm of summary.json; the speed-up is the median over seeds of the paired ratio."""
+    last = [run["accuracy"][-1] for run in runs]
+    ratios = [d["seconds"][-1] / run["seconds"][-1] for d, run in zip(dense, runs, strict=True)]
+    joules = [run["joules"] for run in runs]
+    gco2 = [run["gco2"] for run in runs]
+    return {
+        "name": name,
+        "seeds": list(range(len(runs))),
+        "accuracy": {"mean": statistics.fmean(last), "std": statistics.stdev(last) if len(last) > 1 else 0.0},
+        "train_seconds": statistics.median(run["seconds"][-1] for run in runs),
+        "find_seconds": statistics.median(run["find_seconds"] for run in runs),
+        "speedup": statistics.median(ratios),
+        "macs": round(statistics.fmean(run["macs"] for run in runs)),
+        "parameters": round(statistics.fmean(run["parameters"] for run in runs)),
+        "peak_bytes": runs[0]["peak_bytes"],
+        "joules": None if None in joules else statistics.median(joules),
+        "energy_method": runs[0]["energy_method"],
+        "gco2": None if None in gco2 else statistics.median(gco2),
+        "intensity": settings.country or settings.gco2_per_kwh,
+        "plan": runs[0]["plan"],
+        "curves": [{"seconds": run["seconds"], "accuracy": run["accuracy"]} for run in runs],
+    }
+
+
+def write(path: Path, text: str) -> None:
+    replace_file(path, lambda temporary: Path(temporary).write_text(text))

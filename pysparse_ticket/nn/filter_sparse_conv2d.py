@@ -1,0 +1,174 @@
+"""Convolution over the surviving filters and input channels, computed compactly."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
+    if keep is None:
+        return torch.ones(count, dtype=torch.bool)
+    if keep.dtype != torch.bool or keep.shape != (count,):
+        raise ValueError(f"{what} must be a bool tensor of shape ({count},), not {keep.dtype} {tuple(keep.shape)}")
+    return keep
+
+
+class _DenseState(nn.Module):
+    """Saves and loads compact tensors in the dense module's shapes: ``_dense_slots()`` says where each one lies."""
+
+    def _dense_slots(self) -> dict[str, tuple[tuple[int, ...], tuple[Tensor, ...], float]]:
+        """{name: (dense shape, index of each leading dimension, fill of removed entries)}."""
+        raise NotImplementedError
+
+    def expand_like(self, name: str, compact: Tensor) -> Tensor:
+        """A tensor of the parameter's compact shape in the dense shape, filled where channels were removed."""
+        shape, index, fill = self._dense_slots()[name]
+        dense = compact.new_full(shape, fill)
+        dense[torch.meshgrid(*index, indexing="ij") if len(index) > 1 else index[0]] = compact
+        return dense
+
+    def compact_like(self, name: str, dense: Tensor) -> Tensor:
+        """The part of a tensor in the dense parameter's shape that survives: an optimizer's momentum, say."""
+        for dim, index in enumerate(self._dense_slots()[name][1]):
+            dense = dense.index_select(dim, index)
+        return dense
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._dense_slots():
+            if prefix + name in destination:
+                destination[prefix + name] = self.expand_like(name, destination[prefix + name].detach())
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        own = dict(state_dict)
+        for name, (shape, *_) in self._dense_slots().items():
+            key = prefix + name
+            if key not in own:
+                continue
+            if tuple(own[key].shape) != shape:
+                errors.append(f"size mismatch for {key}: {tuple(own[key].shape)} in the checkpoint, {shape} in the model")
+                return
+            own[key] = self.compact_like(name, own[key])
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class FilterSparseConv2d(_DenseState):
+    """Equivalent to ``F.conv2d(x, weight * keep_out[:, None, None, None] * keep_in[None, :, None, None], ...)``.
+
+    x ``[N, C, H, W]`` to ``[N, O, H', W']`` with exact zeros in the removed channels. With ``compact_in`` x holds only
+    the kept input channels, with ``compact_out`` the output only the kept filters: between two convolutions of a
+    block the removed channels then never exist. Parameters hold the surviving part; the state_dict is the dense one.
+    """
+
+    def __init__(self, conv: nn.Conv2d, keep_out: Tensor, keep_in: Tensor | None, compact_in: bool, compact_out: bool):
+        super().__init__()
+        if conv.groups != 1:
+            raise ValueError(f"FilterSparseConv2d takes convolutions of one group, not {conv.groups}")
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"FilterSparseConv2d pads with zeros, not {conv.padding_mode!r}")
+        keep_out = _keep_mask(keep_out, conv.out_channels, "keep_out").to(conv.weight.device)
+        keep_in = _keep_mask(keep_in, conv.in_channels, "keep_in").to(conv.weight.device)
+        if not keep_out.any() or not keep_in.any():
+            raise ValueError("keep_out and keep_in must each keep a channel")
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.compact_in, self.compact_out = compact_in, compact_out
+        self.register_buffer("out_index", keep_out.nonzero().flatten(), persistent=False)
+        self.register_buffer("in_index", keep_in.nonzero().flatten(), persistent=False)
+        weight = conv.weight.detach()[self.out_index][:, self.in_index]
+        self.weight = nn.Parameter(weight.clone(), requires_grad=conv.weight.requires_grad)
+        self.bias = None
+        if conv.bias is not None:
+            self.bias = nn.Parameter(conv.bias.detach()[self.out_index].clone(), requires_grad=conv.bias.requires_grad)
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        keep_out: Tensor,
+        keep_in: Tensor | None = None,
+        *,
+        compact_in: bool = False,
+        compact_out: bool = False,
+    ) -> FilterSparseConv2d:
+        """keep_out bool [O], keep_in bool [C] or None for all: copies the surviving weights of ``conv``."""
+        return cls(conv, keep_out, keep_in, compact_in, compact_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.compact_in and len(self.in_index) < self.in_channels:
+            x = x.index_select(1, self.in_index)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        if self.compact_out or len(self.out_index) == self.out_channels:
+            return y
+        full = y.new_zeros((y.shape[0], self.out_channels, *y.shape[2:]))
+        return full.index_copy(1, self.out_index, y)
+
+    def macs(self, _, output: Tensor) -> int:
+        """Multiply-adds of one forward pass over the whole batch."""
+        return output.shape[0] * output.shape[2] * output.shape[3] * self.weight.numel()
+
+    def to_dense(self) -> nn.Conv2d:
+        """A plain convolution over all channels, zero where nothing survived."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        conv.load_state_dict(self.state_dict())
+        return conv.train(self.training)
+
+    def _dense_slots(self):
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        slots = {"weight": (shape, (self.out_index, self.in_index), 0.0)}
+        if self.bias is not None:
+            slots["bias"] = ((self.out_channels,), (self.out_index,), 0.0)
+        return slots
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels} -> {self.out_channels}, kept {len(self.in_index)} -> {len(self.out_index)}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}"
+        )
+
+
+class CompactBatchNorm2d(_DenseState, nn.BatchNorm2d):
+    """The surviving channels of a BatchNorm2d; its state_dict has the dense shapes, removed channels normalise to 0."""
+
+    @classmethod
+    def from_dense(cls, norm: nn.BatchNorm2d, keep: Tensor) -> CompactBatchNorm2d:
+        """keep bool [C]."""
+        keep = _keep_mask(keep, norm.num_features, "keep").to(norm.weight.device if norm.affine else keep.device)
+        compact = cls(
+            int(keep.sum()),
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device=norm.weight.device if norm.affine else None,
+            dtype=norm.weight.dtype if norm.affine else None,
+        )
+        compact.dense_features = norm.num_features
+        compact.register_buffer("index", keep.nonzero().flatten(), persistent=False)
+        compact.load_state_dict(norm.state_dict())
+        return compact.train(norm.training)
+
+    def to_dense(self) -> nn.BatchNorm2d:
+        like = self.weight if self.affine else self.running_mean
+        norm = nn.BatchNorm2d(self.dense_features, self.eps, self.momentum, self.affine, self.track_running_stats)
+        norm.to(like)
+        norm.load_state_dict(self.state_dict())
+        return norm.train(self.training)
+
+    def _dense_slots(self):
+        if not hasattr(self, "index"):  # while __init__ runs
+            return {}
+        fills = {"weight": 0.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        return {n: ((self.dense_features,), (self.index,), f) for n, f in fills.items() if getattr(self, n) is not None}

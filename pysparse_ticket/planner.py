@@ -1,0 +1,212 @@
+"""Time each way to run a layer on this machine, keep the fastest, remember the outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .files import replace_file
+from .measure import interleave
+
+SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
+
+
+@dataclass
+class LayerPlan:
+    """What was decided for one layer. Times are medians of forward + backward in microseconds, None if not timed."""
+
+    layer: str
+    op: str
+    shape: tuple[int, ...]
+    sparsity: float
+    format: str
+    dense_us: float | None = None
+    chosen_us: float | None = None
+    break_even: float | None = None
+    why: str = ""
+
+    @property
+    def speedup(self) -> float | None:
+        return self.dense_us / self.chosen_us if self.dense_us and self.chosen_us else None
+
+
+@dataclass
+class Plan:
+    """One :class:`LayerPlan` a layer, and how the whole training step compares (None where it was not timed)."""
+
+    layers: list[LayerPlan] = field(default_factory=list)
+    step_ratio: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, object]]:
+        return [asdict(layer) | {"speedup": layer.speedup} for layer in self.layers]
+
+    def __str__(self) -> str:
+        header = ("layer", "op", "input", "sparsity", "format", "dense us", "chosen us", "speed-up", "break-even", "why")
+        body = [
+            (
+                p.layer,
+                p.op,
+                "x".join(map(str, p.shape)) or "-",
+                f"{p.sparsity:.1%}",
+                p.format,
+                _number(p.dense_us, ".0f"),
+                _number(p.chosen_us, ".0f"),
+                _number(p.speedup, ".2f"),
+                _number(p.break_even, ".0%"),
+                p.why,
+            )
+            for p in self.layers
+        ]
+        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
+        if self.step_ratio is not None:
+            lines.append(f"whole training step: {self.step_ratio:.2f} of the dense step's time")
+        return "\n".join(lines + self.notes)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "not timed" if value is None else format(value, spec)
+
+
+def plan(model: nn.Module) -> Plan:
+    """The plan of a sparsified model; ValueError for a model that was not sparsified."""
+    found = getattr(model, "_pysparse_plan", None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} was not sparsified, so there is no plan to show")
+    return found
+
+
+@dataclass(frozen=True)
+class Site:
+    """How a layer is called in the sample run."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    needs_input_grad: bool
+
+    def input(self, device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(0)  # the user's random state stays where it is
+        x = torch.randn(self.shape, generator=generator).to(device, self.dtype)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x.requires_grad_(self.needs_input_grad)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module):
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def find_sites(model: nn.Module, sample: Tensor, names: list[str]) -> dict[str, Site]:
+    """Run the sample once, in eval mode, and record each named layer's first input."""
+    sites: dict[str, Site] = {}
+    handles = []
+    for name in names:
+
+        def hook(_, args, name=name):
+            x = args[0]
+            last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+            sites.setdefault(name, Site(tuple(x.shape), x.dtype, last, x.requires_grad))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        with _eval_mode(model), torch.enable_grad():
+            model(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sites
+
+
+def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward, all gradients that training would compute."""
+    with torch.no_grad():
+        y = module(x)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator).to(y)
+    wanted = [p for p in module.parameters() if p.requires_grad] + ([x] if x.requires_grad else [])
+
+    def run() -> None:
+        torch.autograd.grad(module(x), wanted, grad)
+
+    return run
+
+
+def race(candidates: Mapping[str, nn.Module], site: Site, device: torch.device, repeats: int = 7) -> dict[str, float]:
+    """Median microseconds of a training step of each candidate on the site's input, interleaved."""
+    arms = {name: step(module, site.input(device)) for name, module in candidates.items()}
+    return {name: 1e6 * t.median for name, t in interleave(arms, repeats=repeats, warmup=2).items()}
+
+
+class PlanCache:
+    """Outcomes of races by machine, versions and shape, in one JSON file (``PYSPARSE_TICKET_CACHE`` names its folder)."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get("PYSPARSE_TICKET_CACHE") or Path.home() / ".cache" / "pysparse_ticket"
+        self.path = Path(folder) / "plans.json"
+        try:
+            self.known = json.loads(self.path.read_text())
+        except (OSError, json.JSONDecodeError):
+            self.known = {}
+        self.changed = False
+
+    @staticmethod
+    def key(site: Site, module: nn.Module, what: str) -> str:
+        from .ops.library import CPU_ERROR, cpu_isa
+
+        machine = (platform.machine(), cpu_model(), torch.get_num_threads(), CPU_ERROR or cpu_isa())
+        where = str(next(module.parameters()).device.type)
+        text = repr((what, machine, where, torch.__version__, _build_id(), site, module.extra_repr()))
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def get_or_race(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        if key not in self.known:
+            self.known[key] = measure()
+            self.changed = True
+        return self.known[key]
+
+    def save(self) -> None:
+        """Keep the outcomes; a folder that cannot be written costs the next call a race, nothing else."""
+        if self.changed:
+            with contextlib.suppress(OSError):
+                replace_file(self.path, lambda temporary: Path(temporary).write_text(json.dumps(self.known)))
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _build_id() -> str:
+    """The compiled kernels' identity: an outcome raced on other kernels says nothing about these."""
+    found = sorted(Path(__file__).parent.glob("_C*"))
+    return f"{found[0].stat().st_size}-{found[0].stat().st_mtime_ns}" if found else "none"
+
+
+def race_steps(dense: nn.Module, sparse: nn.Module, sample: Tensor, repeats: int = 5) -> float:
+    """Time of the sparse model's training step over the dense one's; both are copied, neither changes."""
+    twins = {"dense": copy.deepcopy(dense).train(), "sparse": copy.deepcopy(sparse).train()}
+    with torch.random.fork_rng(devices=[]):  # dropout draws
+        times = interleave({n: step(m, sample) for n, m in twins.items()}, repeats=repeats, warmup=2)
+    return times["sparse"].median / times["dense"].median

@@ -1,0 +1,53 @@
+"""The table of arms: on the terminal, and the same cells in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+NOT_MEASURED = "not measured"
+
+
+def _scaled(value: float | None, units: Sequence[str], base: float = 1000.0) -> str:
+    if value is None:
+        return NOT_MEASURED
+    for unit in units[:-1]:
+        if abs(value) < base:
+            return f"{value:.3g} {unit}".rstrip()
+        value /= base
+    return f"{value:.4g} {units[-1]}".rstrip()
+
+
+COLUMNS = {
+    "arm": lambda a: a["name"],
+    "accuracy %": lambda a: f"{100 * a['accuracy']['mean']:.2f} ± {100 * a['accuracy']['std']:.2f}",
+    "train s": lambda a: f"{a['train_seconds']:.2f}",
+    "speed-up": lambda a: f"{a['speedup']:.2f}x",
+    "MACs": lambda a: _scaled(a["macs"], ("", "k", "M", "G")),
+    "parameters": lambda a: f"{a['parameters']:,}",
+    "peak memory": lambda a: _scaled(a["peak_bytes"], ("B", "kB", "MB", "GB")),
+    "joules": lambda a: NOT_MEASURED if a["joules"] is None else f"{a['joules']:.1f}",
+    "g CO2": lambda a: NOT_MEASURED if a["gco2"] is None else f"{a['gco2']:.3g}",
+}
+
+
+def cells(arms: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; the CO2 column is there only when an intensity was given."""
+    columns = {n: f for n, f in COLUMNS.items() if n != "g CO2" or any(a.get("intensity") for a in arms)}
+    return list(columns), [[render(arm) for render in columns.values()] for arm in arms]
+
+
+def rich_table(arms: Sequence[Mapping], title: str) -> Table:
+    header, rows = cells(arms)
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"

@@ -1,0 +1,101 @@
+"""Scores from gradients on a few batches. The model is scored on a copy: its buffers and gradients do not move."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .magnitude import prunable
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+BN_MODES = ("train", "eval")
+
+
+def _scoring_copy(model: nn.Module, bn_mode: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    if bn_mode not in BN_MODES:
+        raise ValueError(f"unknown bn_mode {bn_mode!r}; known: {', '.join(BN_MODES)}")
+    twin = copy.deepcopy(model)
+    twin.train(bn_mode == "train")
+    return twin, prunable(twin)
+
+
+def _batches(batches: Iterable[Batch] | Batch | None) -> list[Batch]:
+    if isinstance(batches, tuple | list) and len(batches) == 2 and isinstance(batches[0], Tensor):
+        batches = [tuple(batches)]
+    found = list(batches or ())
+    if not found:
+        raise ValueError("this score needs data: pass batches=(x, y) or a list of such pairs")
+    return found
+
+
+def _gradients(output: Tensor, weights: dict[str, nn.Parameter], **options) -> list[Tensor]:
+    """Gradients by weight; zeros where the loss does not depend on one."""
+    grads = torch.autograd.grad(output, list(weights.values()), allow_unused=True, **options)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights.values(), strict=True)]
+
+
+def _mean_gradient(twin: nn.Module, weights: dict[str, nn.Parameter], batches: list[Batch], loss: Loss) -> list[Tensor]:
+    total = [torch.zeros_like(w, dtype=torch.float64) for w in weights.values()]
+    for x, y in batches:
+        for t, g in zip(total, _gradients(loss(twin(x), y), weights), strict=True):
+            t += g.double() / len(batches)
+    return total
+
+
+def snip(
+    model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
+) -> dict[str, Tensor]:
+    """|theta dL/dtheta|, on the model's own weights (Lee et al. 2019; papers.md 4).
+
+    ``bn_mode`` says whether batch norm uses batch or running statistics: it moves 13% of a 10% mask (papers.md 7).
+    """
+    twin, weights = _scoring_copy(model, bn_mode)
+    grads = _mean_gradient(twin, weights, _batches(batches), loss)
+    return {name: (w.detach() * g).abs().double() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def grasp_signed(
+    model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
+) -> dict[str, Tensor]:
+    """theta dL/dtheta with its sign: reading (b) of "a variant of SNIP that considers the sign" (papers.md 1.4)."""
+    twin, weights = _scoring_copy(model, bn_mode)
+    grads = _mean_gradient(twin, weights, _batches(batches), loss)
+    return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def grasp(
+    model: nn.Module,
+    batches=None,
+    *,
+    loss: Loss = F.cross_entropy,
+    bn_mode: str = "train",
+    temperature: float = 200.0,
+    **_,
+) -> dict[str, Tensor]:
+    """theta (.) Hg, signed (Wang et al. 2020; reading (a) of papers.md 1.4), logits divided by ``temperature``.
+
+    GraSP scores -theta Hg and removes the highest; the worth here is its negative, so the lowest go first. g is the
+    gradient over all batches, and Hg is summed batch by batch against that g held constant. Double backward: the
+    model must consist of twice differentiable operations.
+    """
+    twin, weights = _scoring_copy(model, bn_mode)
+    found = _batches(batches)
+
+    def cooled(x: Tensor, y: Tensor) -> Tensor:
+        return loss(twin(x) / temperature, y)
+
+    mean = _mean_gradient(twin, weights, found, lambda logits, y: loss(logits / temperature, y))
+    total = [torch.zeros_like(w, dtype=torch.float64) for w in weights.values()]
+    for x, y in found:
+        grads = _gradients(cooled(x, y), weights, create_graph=True)
+        product = sum((g * m.to(g.dtype)).sum() for g, m in zip(grads, mean, strict=True))
+        if not product.requires_grad:  # a loss that is linear in the weights has no curvature
+            continue
+        for t, h in zip(total, _gradients(product, weights), strict=True):
+            t += h.double() / len(found)
+    return {name: w.detach().double() * t for (name, w), t in zip(weights.items(), total, strict=True)}
