@@ -44,7 +44,8 @@ class Blocks:
 def find_blocks(model: nn.Module, sample: Tensor, strict: bool = False) -> Blocks:
     """Run ``sample`` and list the blocks of the model's Sequential and ModuleList containers.
 
-    A block has children and prunable weights, takes one tensor first and returns one tensor. A candidate returns the
+    A block has children and prunable weights, takes one tensor first and returns one tensor; a Sequential of blocks is
+    their stage, and what lies inside a block is not one. A candidate returns the
     shape that it was given and is not the first of its container; a stage is a run of blocks of one container with
     one output shape. ``strict`` also spares the neighbours of a block that changes the shape ("we cannot remove
     layers before and after the downsampling layers").
@@ -58,6 +59,8 @@ def find_blocks(model: nn.Module, sample: Tensor, strict: bool = False) -> Block
             name = f"{container}.{child}".removeprefix(".")
             if any(True for _ in block.children()) and any(w.startswith(f"{name}.") for w in weights):
                 inside[name] = (container, index)
+    containers = {container for container, _ in inside.values()}  # a stage of blocks is no block itself
+    inside = {name: where for name, where in inside.items() if name not in containers}
     outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
 
     calls: list[tuple[str, torch.Size, torch.Size]] = []

@@ -1,0 +1,264 @@
+"""sparsify and densify: the same function as the masked network, nothing lost on the way."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pysparse_ticket as pst
+from pysparse_ticket.measure import macs
+from pysparse_ticket.models import build
+
+
+def batch(n=8, size=8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, size, size, generator=generator), torch.arange(n) % 10
+
+
+def resnet(depth=20):
+    torch.manual_seed(0)
+    return build(f"resnet{depth}", 10, (3, 8, 8))
+
+
+def ticket_of(model, granularity, **options):
+    score = options.pop("score", "magnitude")
+    return pst.at_init(model, batch(), score=score, granularity=granularity, **options)
+
+
+CASES = {
+    "layer": {"granularity": "layer", "remove": 3},
+    "filter": {"granularity": "filter", "remove": 150},
+    "weight": {"granularity": "weight", "sparsity": 0.9},
+    "2:4": {"granularity": "2:4"},
+}
+
+
+def masked_twin(model, ticket):
+    """The ticket as research code runs it: zeros in the dense network, a removed block's residual branch included."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in ticket.masks.items():
+            twin.get_parameter(name).mul_(mask)
+        for name in ticket.removed_blocks:
+            twin.set_submodule(name, nn.Identity())
+        for name, kept in ticket.filters.items():
+            twin.get_parameter(f"{name}.weight").mul_(kept[:, None, None, None])
+            twin.get_parameter(name.replace("conv1", "conv2") + ".weight").mul_(kept[None, :, None, None])
+    return twin
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sparsified_model_is_the_masked_model(case):
+    model, (x, y) = resnet(), batch()
+    ticket = ticket_of(model, **CASES[case])
+    twin = masked_twin(model, ticket)
+    sparse = pst.sparsify(copy.deepcopy(model), ticket)
+    for train in (True, False):
+        expected, actual = twin.train(train)(x), sparse.train(train)(x)
+        # 40 layers deep in float32, each with sums of up to 576 products
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    F.cross_entropy(twin.train()(x), y).backward()
+    F.cross_entropy(sparse.train()(x), y).backward()
+    stem = (sparse.stem.values if hasattr(sparse.stem, "values") else sparse.stem.weight).grad
+    expected = twin.stem.weight.grad[ticket.masks["stem.weight"]] if stem.dim() == 1 else twin.stem.weight.grad
+    assert ((stem - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_dict_is_the_dense_one(case):
+    model = resnet()
+    ticket = ticket_of(model, **CASES[case])
+    sparse = pst.sparsify(copy.deepcopy(model), ticket)
+    state, dense = sparse.state_dict(), model.state_dict()
+    gone = tuple(f"{b}." for b in ticket.removed_blocks)
+    assert set(state) == {k for k in dense if not k.startswith(gone or "\0")}
+    assert all(state[k].shape == dense[k].shape for k in state)
+    fresh = resnet()
+    fresh.load_state_dict(state, strict=not gone)
+    sparse.load_state_dict(dense, strict=not gone)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_densify_gives_back_a_plain_model_with_the_same_output(case):
+    model, (x, _) = resnet(), batch()
+    sparse = pst.sparsify(model, ticket_of(model, **CASES[case])).eval()
+    before = sparse(x)
+    dense = pst.densify(sparse)
+    assert not any(type(m).__module__.startswith("pysparse_ticket.nn") for m in dense.modules())
+    torch.testing.assert_close(dense(x), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_removed_block_leaves_nothing_behind():
+    model = resnet(56)
+    ticket = ticket_of(model, "layer", remove=12, score="random")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    calls = []
+    for name in ticket.removed_blocks:
+        model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    pst.sparsify(model, ticket, optimizer=optimizer)
+    model(x)
+    assert not calls
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()} and {id(p) for p in optimizer.state} == held
+    x32 = torch.randn(1, 3, 32, 32)
+    assert macs(model, x32) == 125_747_840 - 12 * 4_718_592
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_optimizer_state_is_carried_over_and_back(case, kind):
+    """A step of the sparse model with carried state is the step of the masked network."""
+    make = {
+        "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+        "adam": lambda p: torch.optim.Adam(p, 0.01),
+    }[kind]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    x, y = batch()
+    if case == "layer":
+        model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(4)))
+        model = nn.Sequential(model, nn.Flatten(), nn.Linear(192, 10))
+    options = CASES[case] | ({"remove": 2} if "remove" in CASES[case] else {})
+    ticket = ticket_of(model, **options)
+    twin = copy.deepcopy(model)
+    optimizer, other = make(model.parameters()), make(twin.parameters())
+    for net, opt in ((model, optimizer), (twin, other)):
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    sparse = pst.sparsify(model, ticket, optimizer=optimizer)
+    dropped = [p for name in ticket.removed_blocks for p in twin.get_submodule(name).parameters()]
+    filters = {"0.weight", "0.bias", "1.weight", "1.bias"} if case == "filter" else set()
+
+    def to_ticket():
+        for name in ticket.removed_blocks:
+            twin.set_submodule(name, nn.Identity())
+        with torch.no_grad():
+            for name, mask in ticket.masks.items():
+                for t in (twin.get_parameter(name), *_like(other, twin.get_parameter(name))):
+                    t.mul_(mask)
+            for name in filters:
+                kept = ticket.filters["0"]
+                p = twin.get_parameter(name)
+                for t in (p, *_like(other, p)):
+                    t.mul_(kept.reshape(-1, *[1] * (p.dim() - 1)))
+            if filters:
+                for t in (twin[3].weight, *_like(other, twin[3].weight)):
+                    t.mul_(ticket.filters["0"][None, :, None, None])
+
+    to_ticket()
+    for _ in range(2):
+        for net, opt in ((sparse, optimizer), (twin, other)):
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            for name, mask in ticket.masks.items():
+                if net is twin:
+                    net.get_parameter(name).grad.mul_(mask)
+            for p in dropped:
+                p.grad = None
+            opt.step()
+        to_ticket()
+    theirs, ours = twin.state_dict(), sparse.state_dict()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, _survivors(name, theirs[name], ticket, case), rtol=2e-4, atol=2e-5, msg=name)
+    dense = pst.densify(sparse, optimizer=optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in dense.parameters()}
+
+
+def _like(optimizer, parameter):
+    return [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.shape == parameter.shape]
+
+
+def _survivors(name, tensor, ticket, case):
+    if case == "filter" and name in ("1.running_mean", "1.running_var"):
+        kept = ticket.filters["0"]
+        return torch.where(kept, tensor, torch.full_like(tensor, float(name.endswith("var"))))
+    return tensor
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("fmt", ["packed", "dense"])
+def test_pruned_weights_stay_exactly_zero(make, fmt):
+    model, (x, y) = resnet(), batch()
+    ticket = ticket_of(model, "weight", sparsity=0.8)
+    sparse = pst.sparsify(model, ticket, plan=fmt)
+    options = {"momentum": 0.9} if make is torch.optim.SGD else {}
+    optimizer = make(sparse.parameters(), lr=0.01, weight_decay=0.1, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(sparse(x), y).backward()
+        optimizer.step()
+    state = sparse.state_dict()
+    for name, mask in ticket.masks.items():
+        assert (state[name][~mask] == 0).all() and (state[name][mask] != 0).any()
+
+
+def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    model, (x, _) = resnet(), batch()
+    ticket = ticket_of(model, "weight", sparsity=0.9)
+    sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
+    rows = pst.plan(sparse).rows()
+    assert {r["layer"] for r in rows} == {n.removesuffix(".weight") for n, m in ticket.masks.items() if not m.all()}
+    assert all(r["dense_us"] > 0 and r["format"] in ("packed", "dense") for r in rows)
+    assert pst.plan(sparse).step_ratio > 0 and "whole training step" in str(pst.plan(sparse))
+    monkeypatch.setattr("pysparse_ticket.nn.convert.race", lambda *_: pytest.fail("raced again"))
+    again = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
+    assert [r["dense_us"] for r in pst.plan(again).rows()] == [r["dense_us"] for r in rows]
+
+
+def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    ratios = iter([1.5, 1.0])
+    monkeypatch.setattr("pysparse_ticket.nn.convert.race_steps", lambda *_: next(ratios))
+    monkeypatch.setattr("pysparse_ticket.nn.convert.race", lambda *_: {"plain": 2.0, "dense": 2.1, "packed": 1.0})
+    model, (x, _) = resnet(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x, optimizer=optimizer)
+    assert {r["format"] for r in pst.plan(sparse).rows()} == {"dense"} and pst.plan(sparse).step_ratio == 1.0
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in sparse.parameters()}
+
+
+def test_planning_moves_no_random_state_and_no_buffer(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    model, (x, _) = resnet(), batch()
+    ticket = ticket_of(model, "weight", sparsity=0.9)
+    state = torch.get_rng_state()
+    sparse = pst.sparsify(model, ticket, sample=x)
+    assert torch.equal(state, torch.get_rng_state()) and (sparse.stem_norm.running_mean == 0).all()
+
+
+def test_a_single_layer_can_be_the_model():
+    layer = nn.Linear(20, 10)
+    ticket = pst.at_init(layer, score="magnitude", granularity="weight", sparsity=0.5)
+    sparse = pst.sparsify(layer, ticket)
+    assert isinstance(sparse, pst.nn.MaskedLinear) and isinstance(pst.densify(sparse), nn.Linear)
+
+
+def test_bad_input_leaves_the_model_unchanged():
+    model = resnet()
+    ticket = ticket_of(model, "weight", sparsity=0.9)
+    before = [id(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="unknown format 'fast'"):
+        pst.sparsify(model, ticket, plan={"stem": "fast"})
+    with pytest.raises(ValueError, match="the plan names nowhere"):
+        pst.sparsify(model, ticket, plan={"nowhere": "dense"})
+    ticket.filters = {"stem": torch.zeros(16, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="the filters of stem do not feed one other convolution alone|both a mask and filters"):
+        pst.sparsify(model, ticket)
+    norm = pst.Ticket(masks={"stem_norm.weight": torch.zeros(16, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"stem_norm\.weight of a BatchNorm2d cannot be sparse"):
+        pst.sparsify(model, norm)
+    assert [id(m) for m in model.modules()] == before
+    with torch.no_grad():
+        model.stem.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"stem\.weight holds NaN"):
+        pst.sparsify(model, ticket)
+    with pytest.raises(ValueError, match="was not sparsified"):
+        pst.plan(model)
