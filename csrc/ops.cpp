@@ -12,6 +12,16 @@ static std::string cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   // the instruction set in use; "?" asks, a name sets it, "" goes back to the machine's best
   m.def("cpu_isa(str name) -> str");
+
+  // -> y, x in tiles (empty unless keep)
+  m.def(
+      "masked_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, Tensor t_row_ptr, Tensor t_col, "
+      "Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool keep) -> (Tensor, Tensor)");
+  // -> input gradient, values gradient; each empty unless needed
+  m.def(
+      "masked_conv2d_backward(Tensor grad, Tensor packed, Tensor values, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
+      "Tensor t_col, Tensor t_perm, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "bool channels_last, bool need_input, bool need_values) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CompositeExplicitAutograd, m) {

@@ -1,0 +1,258 @@
+// Sparse convolution of ordinary tensors: tiles are packed, multiplied and unpacked one at a time, so that a tile stays
+// in L2 from its packing to the last product that reads it.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/conv_plan.h"
+#include "cpu/parallel.h"
+
+namespace pst {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kScratchFloats = 64 * 1024;  // output rows computed before they are unpacked: 256 KB of a 2 MB L2
+constexpr int64_t kAccEntries = 4096;          // weight gradients summed at a time: 256 KB of partial sums
+
+static bool channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  const auto size = t.sizes(), stride = t.strides();
+  int64_t expect = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (size[d] != 1 && stride[d] != expect) return false;
+    expect *= size[d];
+  }
+  return true;
+}
+
+static Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
+  const std::vector<int64_t> size{n, c, h, w};
+  return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt,
+                              last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+static Tensor new_floats(const Tensor& like, std::vector<int64_t> size) {
+  return torch::stable::new_empty(like, size, ScalarType::Float);
+}
+
+static ConvShape conv_shape(const std::vector<int64_t>& x, int64_t o, const std::vector<int64_t>& kernel,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation) {
+  return {x[0],      x[1],      x[2],       x[3],       o,           kernel[0],  kernel[1],
+          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+// offsets are int32, in floats
+static void check_range(const ConvShape& s) {
+  const Plane x = input_plane(s), y = grad_plane(s);
+  STD_TORCH_CHECK(std::max(s.c * x.floats(), s.o * y.floats()) < (int64_t(1) << 31),
+                  "masked_conv2d: the images are too large for the tiled kernel; use dense weights for this layer");
+}
+
+static int64_t rows_at_once(int64_t rows, int64_t cols, int64_t channels) {
+  const int64_t fit = kScratchFloats / std::max<int64_t>(1, cols * channels * kLanes) & ~int64_t(1);
+  return std::clamp<int64_t>(fit, 2, std::max<int64_t>(2, rows));
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x_in, const Tensor& values, const std::optional<Tensor>& bias,
+                                         const Tensor& row_ptr, const Tensor& col, const Tensor&, const Tensor&, const Tensor&,
+                                         std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                                         std::vector<int64_t> padding, std::vector<int64_t> dilation, bool keep) {
+  const bool last = channels_last(x_in);
+  const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
+  const auto sizes = x.sizes();
+  const ConvShape s = conv_shape({sizes[0], sizes[1], sizes[2], sizes[3]}, row_ptr.numel() - 1, kernel, stride, padding, dilation);
+  check_range(s);
+  const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads();
+  const Plane plane = input_plane(s);
+  const int64_t tile_floats = s.c * plane.floats();
+  const int64_t block = rows_at_once(oh, ow, s.o), blocks = oh ? (oh + block - 1) / block : 0;
+  const Plane out_plane{block, ow, 0, 0, 0, 0};
+
+  Tensor y = new_image(x, s.n, s.o, oh, ow, last);
+  // packed tiles outlive the call only if the weight gradient will read them
+  const bool whole = tiles % threads == 0 || tiles >= 4 * threads;  // a thread runs whole tiles
+  const bool shared = keep || !whole;
+  Tensor packed = new_floats(x, {keep ? tiles : 0, s.c, plane.hp(), plane.wp(), kLanes});
+  Scratch own(keep ? 0 : (shared ? tiles : threads) * tile_floats);
+  float* tile_base = keep ? packed.mutable_data_ptr<float>() : own.get();
+
+  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), plane, out_plane);
+  const Image in(s.n, s.c, plane, last), out(s.n, s.o, {oh, ow, 0, 0, 0, 0}, last);
+  const Scratch scratch(threads * s.o * out_plane.floats());
+  const float* src = x.const_data_ptr<float>();
+  float* dst = y.mutable_data_ptr<float>();
+  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
+  const TileKernels& kernels = tile_kernels();
+
+  if (!whole) {
+    const int64_t groups = (s.c + kLanes - 1) / kLanes;
+    parallel_ranges(tiles * groups, threads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / groups, c0 = i % groups * kLanes;
+        in.pack(src, t, tile_base + t * tile_floats, c0, std::min(s.c, c0 + kLanes));
+      }
+    });
+  }
+  parallel_ranges(tiles * blocks, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* buffer = scratch.get() + thread * s.o * out_plane.floats();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / blocks, r0 = i % blocks * block, r1 = std::min(oh, r0 + block);
+      float* tile = tile_base + (shared ? t : thread) * tile_floats;
+      if (whole && r0 == 0) in.pack(src, t, tile, 0, s.c);
+      RowsArgs a = rows_args(walk, tile, buffer, s.o, out_plane.floats(), bias_data);
+      a.y -= r0 * a.y_row;
+      a.row0 = int(r0);
+      a.row1 = int(r1);
+      kernels.rows(a);
+      out.unpack(buffer, out_plane.floats(), out_plane.row(), dst, t, r0, r1);
+    }
+  }, whole ? blocks : 1);
+  return {y, packed};
+}
+
+// rows of padded input [q0, q1): every phase writes its rows of the block
+static void input_grad_rows(const std::vector<Walk>& walks, const ConvShape& s, const float* grad_tile, float* buffer,
+                            const Plane& block_plane, int64_t r0, int64_t r1) {
+  for (const Walk& w : walks) {
+    if (!w.rows || !w.cols) continue;
+    RowsArgs a = rows_args(w, grad_tile, buffer, s.c, block_plane.floats(), nullptr);
+    a.y -= r0 * block_plane.row();
+    // walk row u is image row first + u * row_step
+    a.row0 = int(std::max<int64_t>(0, (r0 - w.first + w.row_step - 1) / w.row_step));
+    a.row1 = int(std::min(w.rows, std::max<int64_t>(0, (r1 - w.first + w.row_step - 1) / w.row_step)));
+    if (a.row0 < a.row1) tile_kernels().rows(a);
+  }
+}
+
+// adds one tile's products at the entries of outputs [out0, out1)
+static void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y,
+                             int64_t out0, int64_t out1, float* acc, float* grad) {
+  for (int64_t o = out0; o < out1;) {
+    int64_t next = o + 1;
+    while (next < out1 && w.row_begin[next + 1] - w.row_begin[o] <= kAccEntries) ++next;
+    const int64_t k0 = w.row_begin[o], count = w.row_begin[next] - k0;
+    if (count) {
+      std::memset(acc, 0, count * kLanes * sizeof(float));
+      RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
+      a.out0 = int(o);
+      a.out1 = int(next);
+      a.acc = acc;
+      a.acc0 = k0;
+      tile_kernels().weight_grad(a);
+      tile_kernels().reduce(acc, grad + k0, count);
+    }
+    o = next;
+  }
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const Tensor& packed, const Tensor& values,
+                                                  const Tensor& row_ptr, const Tensor& col, const Tensor& t_row_ptr,
+                                                  const Tensor& t_col, const Tensor& t_perm, std::vector<int64_t> input_size,
+                                                  std::vector<int64_t> kernel, std::vector<int64_t> stride,
+                                                  std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                                  bool input_channels_last, bool need_input, bool need_values) {
+  const bool last = channels_last(grad_in);
+  const Tensor grad = last ? grad_in : torch::stable::contiguous(grad_in);
+  const ConvShape s = conv_shape(input_size, row_ptr.numel() - 1, kernel, stride, padding, dilation);
+  const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads(), nnz = col.numel();
+  const Plane x_plane = input_plane(s), y_plane = need_input ? grad_plane(s) : Plane{oh, ow, 0, 0, 0, 0};
+  const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats();
+  const int64_t block = rows_at_once(s.h, s.w, s.c), blocks = s.h ? (s.h + block - 1) / block : 0;
+  const Plane block_plane{block, s.w, 0, 0, 0, 0};
+
+  Tensor dx = need_input ? new_image(grad, s.n, s.c, s.h, s.w, input_channels_last) : new_floats(grad, {0});
+  Tensor dvalues = new_floats(values, {need_values ? nnz : 0});
+  const bool whole = tiles % threads == 0 || tiles >= 4 * threads;
+  const Scratch grads((whole ? threads : tiles) * y_floats);
+  const Scratch buffers(need_input ? threads * s.c * block_plane.floats() : 0);
+
+  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  const Rows transposed{t_row_ptr.const_data_ptr<int32_t>(), t_col.const_data_ptr<int32_t>()};
+  const float* value_data = values.const_data_ptr<float>();
+  std::vector<Walk> input_walks;
+  if (need_input)
+    input_walks = input_grad_walks(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, block_plane, y_plane);
+  Walk walk;
+  int64_t acc_entries = kAccEntries;
+  if (need_values) {
+    walk = forward_walk(s, rows, value_data, x_plane, y_plane);
+    for (int64_t o = 0; o < s.o; ++o)
+      acc_entries = std::max<int64_t>(acc_entries, walk.row_begin[o + 1] - walk.row_begin[o]);
+  }
+  const Scratch accs(need_values ? threads * acc_entries * kLanes : 0);
+  const Scratch partial(need_values ? threads * nnz : 0);
+  if (need_values) std::memset(partial.get(), 0, threads * nnz * sizeof(float));
+
+  const Image out(s.n, s.o, y_plane, last), in(s.n, s.c, {s.h, s.w, 0, 0, 0, 0}, input_channels_last);
+  const float* src = grad.const_data_ptr<float>();
+  const float* x_tiles = need_values ? packed.const_data_ptr<float>() : nullptr;
+  float* dst = need_input ? dx.mutable_data_ptr<float>() : nullptr;
+
+  const auto input_block = [&](int64_t thread, int64_t t, const float* grad_tile, int64_t b) {
+    float* buffer = buffers.get() + thread * s.c * block_plane.floats();
+    const int64_t r0 = b * block, r1 = std::min(s.h, r0 + block);
+    input_grad_rows(input_walks, s, grad_tile, buffer, block_plane, r0, r1);
+    in.unpack(buffer, block_plane.floats(), block_plane.row(), dst, t, r0, r1);
+  };
+
+  if (whole) {
+    parallel_ranges(tiles, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+      float* tile = grads.get() + thread * y_floats;
+      for (int64_t t = begin; t < end; ++t) {
+        out.pack(src, t, tile, 0, s.o);
+        if (need_input)
+          for (int64_t b = 0; b < blocks; ++b) input_block(thread, t, tile, b);
+        if (need_values)
+          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, accs.get() + thread * acc_entries * kLanes,
+                           partial.get() + thread * nnz);
+      }
+    });
+  } else {
+    const int64_t groups = (s.o + kLanes - 1) / kLanes;
+    parallel_ranges(tiles * groups, threads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / groups, c0 = i % groups * kLanes;
+        out.pack(src, t, grads.get() + t * y_floats, c0, std::min(s.o, c0 + kLanes));
+      }
+    });
+    if (need_input)
+      parallel_ranges(tiles * blocks, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) input_block(thread, i / blocks, grads.get() + i / blocks * y_floats, i % blocks);
+      });
+    if (need_values)
+      // rows in pieces of about equal entries
+      parallel_ranges(threads, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          const int32_t* ptr = rows.ptr;
+          const int64_t out0 = std::lower_bound(ptr, ptr + s.o + 1, nnz * part / threads) - ptr;
+          const int64_t out1 = std::lower_bound(ptr, ptr + s.o + 1, nnz * (part + 1) / threads) - ptr;
+          for (int64_t t = 0; t < tiles; ++t)
+            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1),
+                             accs.get() + thread * acc_entries * kLanes, partial.get() + part * nnz);
+        }
+      });
+  }
+  if (need_values) {
+    float* total = dvalues.mutable_data_ptr<float>();
+    for (int64_t k = 0; k < nnz; ++k) {
+      float sum = 0;
+      for (int64_t t = 0; t < threads; ++t) sum += partial.get()[t * nnz + k];
+      total[k] = sum;
+    }
+  }
+  return {dx, dvalues};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CPU, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&masked_conv2d));
+  m.impl("masked_conv2d_backward", TORCH_BOX(&masked_conv2d_backward));
+}
+
+}  // namespace pst

@@ -1,0 +1,45 @@
+// Batch-tiled images: [ceil(N / 16), C, Hp, Wp, 16], 16 samples innermost, so that one pixel of one channel is one cache
+// line and a weight multiplies it in one instruction. A plane of H x W pixels may sit in a halo of zeros (Hp x Wp).
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace pst {
+
+constexpr int kLanes = 16;
+
+// Products of one tile's planes with sparse rows; the same loops serve the output, the input gradient (transposed
+// pattern, flipped taps) and the weight gradient (then y is read).
+struct RowsArgs {
+  const float* x;         // pixel (0, 0) of the first tap at output (0, 0)
+  float* y;               // pixel (0, 0) of output 0
+  int64_t x_row, x_pix;   // floats from one output row or pixel to the next, on x
+  int64_t y_row, y_pix;   // the same on y
+  int64_t y_plane;        // floats from one output channel to the next
+  int row0, row1, cols;   // output rows [row0, row1) and columns [0, cols)
+  int out0, out1;         // output channels
+  int outputs;            // row length of seg
+  int blocks;             // blocks of input channels, each small enough for L1
+  const int32_t* seg;     // [blocks + 1, outputs]: entries of output o in block b are seg[b][o] .. seg[b + 1][o]
+  const int32_t* off;     // floats from x to the pixel that entry k reads
+  const float* val;
+  const float* bias;      // per output, or null
+  float* acc;             // weight gradient: 16 partial sums an entry, entry acc0 first
+  int64_t acc0;
+};
+
+struct TileKernels {
+  int max_rows, max_cols;  // pixels of one register block
+  void (*rows)(const RowsArgs&);
+  void (*weight_grad)(const RowsArgs&);
+  // out[k] += sum over the 16 lanes of acc[k]
+  void (*reduce)(const float* acc, float* out, int64_t count);
+  // src: `lanes` samples, sample_stride apart, `count` consecutive floats each; element j goes to the line dst + table[j]
+  void (*pack)(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count);
+  void (*unpack)(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count);
+};
+
+const TileKernels& tile_kernels();
+
+}  // namespace pst

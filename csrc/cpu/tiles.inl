@@ -1,0 +1,248 @@
+// Included by tiles.cpp once per instruction set, with PST_VL floats to a vector and PST_REGS vector accumulators.
+
+typedef float V __attribute__((vector_size(PST_VL * 4)));
+typedef float VU __attribute__((vector_size(PST_VL * 4), aligned(4), may_alias));
+typedef int VI __attribute__((vector_size(PST_VL * 4)));
+
+constexpr int kSub = kLanes / PST_VL;
+
+static inline __attribute__((always_inline)) V load(const float* p) { return *(const VU*)p; }
+static inline __attribute__((always_inline)) void store(float* p, V v) { *(VU*)p = v; }
+static inline __attribute__((always_inline)) V splat(float s) {
+#if PST_VL == 16
+  return V{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
+#elif PST_VL == 8
+  return V{s, s, s, s, s, s, s, s};
+#else
+  return V{s, s, s, s};
+#endif
+}
+// one register a row of pixels: GCC would otherwise recompute every address from its parts
+static inline __attribute__((always_inline)) const float* in_register(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// R x Q output pixels in registers; S: floats from one pixel to the next on x, 0 when known at run time only
+template <int R, int Q, int S>
+static void rows_block(const RowsArgs& a, int row, int col) {
+  const int64_t x_pix = S ? S : a.x_pix, x_row = a.x_row, y_pix = a.y_pix, y_row = a.y_row;
+  const int32_t* const off = a.off;
+  const float* const val = a.val;
+  const float* x = a.x + row * x_row + col * x_pix;
+  float* y = a.y + row * y_row + col * y_pix;
+  for (int b = 0; b < a.blocks; ++b) {
+    const int32_t* begin = a.seg + int64_t(b) * a.outputs;
+    const int32_t* end = begin + a.outputs;
+    for (int o = a.out0; o < a.out1; ++o) {
+      const int32_t k0 = begin[o], k1 = end[o];
+      if (b && k0 == k1) continue;
+      for (int sub = 0; sub < kSub; ++sub) {
+        float* out = y + o * a.y_plane + sub * PST_VL;
+        const float* in = x + sub * PST_VL;
+        V acc[R * Q];
+        if (b == 0) {
+          const V start = splat(a.bias ? a.bias[o] : 0.f);
+#pragma GCC unroll 32
+          for (int i = 0; i < R * Q; ++i) acc[i] = start;
+        } else {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) acc[r * Q + q] = load(out + r * y_row + q * y_pix);
+        }
+        for (int32_t k = k0; k < k1; ++k) {
+          const float* p = in_register(in + off[k]);
+          const V v = splat(val[k]);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) acc[r * Q + q] += v * load(p + q * x_pix);
+            if (r + 1 < R) p = in_register(p + x_row);
+          }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+          for (int q = 0; q < Q; ++q) store(out + r * y_row + q * y_pix, acc[r * Q + q]);
+      }
+    }
+  }
+}
+
+template <int R, int Q, int S>
+static void grad_block(const RowsArgs& a, int row, int col) {
+  const int64_t x_pix = S ? S : a.x_pix, x_row = a.x_row, y_pix = a.y_pix, y_row = a.y_row;
+  const int32_t* const off = a.off;
+  const float* x = a.x + row * x_row + col * x_pix;
+  const float* y = a.y + row * y_row + col * y_pix;
+  for (int b = 0; b < a.blocks; ++b) {
+    const int32_t* begin = a.seg + int64_t(b) * a.outputs;
+    const int32_t* end = begin + a.outputs;
+    for (int o = a.out0; o < a.out1; ++o) {
+      const int32_t k0 = begin[o], k1 = end[o];
+      if (k0 == k1) continue;
+      for (int sub = 0; sub < kSub; ++sub) {
+        const float* grad = y + o * a.y_plane + sub * PST_VL;
+        const float* in = x + sub * PST_VL;
+        float* out = a.acc - a.acc0 * kLanes + sub * PST_VL;
+        V g[R * Q];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+          for (int q = 0; q < Q; ++q) g[r * Q + q] = load(grad + r * y_row + q * y_pix);
+        for (int32_t k = k0; k < k1; ++k) {
+          const float* p = in_register(in + off[k]);
+          // two chains halve the latency of the sum
+          V even = load(out + int64_t(k) * kLanes), odd = V{};
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) {
+              const V product = g[r * Q + q] * load(p + q * x_pix);
+              if ((r * Q + q) % 2)
+                odd += product;
+              else
+                even += product;
+            }
+            if (r + 1 < R) p = in_register(p + x_row);
+          }
+          store(out + int64_t(k) * kLanes, even + odd);
+        }
+      }
+    }
+  }
+}
+
+typedef void (*Block)(const RowsArgs&, int, int);
+
+constexpr int kMaxCols = 8;
+constexpr int kMaxRows = PST_REGS >= 16 ? 4 : 2;
+// as many rows as the registers hold
+constexpr int rows_that_fit(int q) { return PST_REGS / q < kMaxRows ? (PST_REGS / q < 1 ? 1 : PST_REGS / q) : kMaxRows; }
+constexpr int fit(int r, int q) { return r <= rows_that_fit(q) ? r : rows_that_fit(q); }
+
+#define PST_ROW(f, q, S) {f<1, q, S>, f<fit(2, q), q, S>, f<fit(3, q), q, S>, f<fit(4, q), q, S>}
+#define PST_TABLE(f, S) \
+  {PST_ROW(f, 1, S), PST_ROW(f, 2, S), PST_ROW(f, 3, S), PST_ROW(f, 4, S), PST_ROW(f, 5, S), PST_ROW(f, 6, S), \
+   PST_ROW(f, 7, S), PST_ROW(f, 8, S)}
+static const Block kRows[3][kMaxCols][4] = {PST_TABLE(rows_block, 16), PST_TABLE(rows_block, 32), PST_TABLE(rows_block, 0)};
+static const Block kGrad[3][kMaxCols][4] = {PST_TABLE(grad_block, 16), PST_TABLE(grad_block, 32), PST_TABLE(grad_block, 0)};
+
+static void walk(const RowsArgs& a, const Block table[3][kMaxCols][4]) {
+  const int step = a.x_pix == 16 ? 0 : a.x_pix == 32 ? 1 : 2;
+  const int pieces = (a.cols + kMaxCols - 1) / kMaxCols;
+  for (int piece = 0, col = 0; piece < pieces; ++piece) {
+    const int q = (a.cols - col + pieces - piece - 1) / (pieces - piece);
+    const int most = rows_that_fit(q);
+    for (int row = a.row0; row < a.row1;) {
+      const int r = a.row1 - row < most ? a.row1 - row : most;
+      table[step][q - 1][r - 1](a, row, col);
+      row += r;
+    }
+    col += q;
+  }
+}
+
+static void rows(const RowsArgs& a) { walk(a, kRows); }
+static void weight_grad(const RowsArgs& a) { walk(a, kGrad); }
+
+
+// exchanges blocks of S lanes between rows i and i + S: log2(VL) steps transpose a VL x VL block
+template <int S>
+static inline __attribute__((always_inline)) void swap_step(V* r) {
+  VI low, high;
+  for (int l = 0; l < PST_VL; ++l) {
+    low[l] = l & S ? PST_VL + l - S : l;
+    high[l] = l & S ? PST_VL + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < PST_VL; ++i)
+    if (!(i & S)) {
+      const V a = r[i], b = r[i + S];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+static inline __attribute__((always_inline)) void transpose(V* r) {
+#if PST_VL >= 16
+  swap_step<8>(r);
+#endif
+#if PST_VL >= 8
+  swap_step<4>(r);
+#endif
+  swap_step<2>(r);
+  swap_step<1>(r);
+}
+
+static void reduce(const float* acc, float* out, int64_t count) {
+  int64_t k = 0;
+  for (; k + PST_VL <= count; k += PST_VL) {
+    V total = V{};
+    for (int sub = 0; sub < kSub; ++sub) {
+      V r[PST_VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < PST_VL; ++i) r[i] = load(acc + (k + i) * kLanes + sub * PST_VL);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < PST_VL; ++i) total += r[i];
+    }
+    store(out + k, load(out + k) + total);
+  }
+  for (; k < count; ++k)
+    for (int l = 0; l < kLanes; ++l) out[k] += acc[k * kLanes + l];
+}
+
+static void pack(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {
+  for (int64_t j = 0; j < count; j += PST_VL) {
+    const int n = count - j < PST_VL ? int(count - j) : PST_VL;
+    for (int sub = 0; sub < kSub; ++sub) {
+      V r[PST_VL];
+      if (n == PST_VL && lanes >= (sub + 1) * PST_VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PST_VL; ++i) r[i] = load(src + (sub * PST_VL + i) * sample_stride + j);
+      } else {
+        float part[PST_VL * PST_VL] = {};
+        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i)
+          for (int l = 0; l < n; ++l) part[i * PST_VL + l] = src[(sub * PST_VL + i) * sample_stride + j + l];
+        for (int i = 0; i < PST_VL; ++i) r[i] = load(part + i * PST_VL);
+      }
+      transpose(r);
+      float* to = dst + sub * PST_VL;
+      if (n == PST_VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PST_VL; ++i) store(to + table[j + i], r[i]);
+      } else {
+        for (int i = 0; i < n; ++i) store(to + table[j + i], r[i]);
+      }
+    }
+  }
+}
+
+static void unpack(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count) {
+  for (int64_t j = 0; j < count; j += PST_VL) {
+    const int n = count - j < PST_VL ? int(count - j) : PST_VL;
+    for (int sub = 0; sub < kSub && sub * PST_VL < lanes; ++sub) {
+      const float* from = src + sub * PST_VL;
+      V r[PST_VL];
+      if (n == PST_VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PST_VL; ++i) r[i] = load(from + table[j + i]);
+      } else {
+        for (int i = 0; i < PST_VL; ++i) r[i] = i < n ? load(from + table[j + i]) : V{};
+      }
+      transpose(r);
+      float* to = dst + sub * PST_VL * sample_stride + j;
+      if (n == PST_VL && lanes >= (sub + 1) * PST_VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PST_VL; ++i) store(to + i * sample_stride, r[i]);
+      } else {
+        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i)
+          for (int l = 0; l < n; ++l) to[i * sample_stride + l] = r[i][l];
+      }
+    }
+  }
+}
+
+static const TileKernels kKernels = {kMaxRows, kMaxCols, rows, weight_grad, reduce, pack, unpack};

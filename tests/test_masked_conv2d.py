@@ -1,0 +1,240 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pysparse_ticket.ops.library import cpu_isa
+from pysparse_ticket.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
+from pysparse_ticket.ops.pattern import Pattern
+
+# (N, C, H, W, O, kernel, stride, padding, dilation)
+SHAPES = {
+    "3x3": (33, 5, 9, 11, 7, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "8x8 two tiles": (32, 16, 8, 8, 20, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "wide rows": (3, 2, 5, 37, 3, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "one sample": (1, 3, 7, 7, 4, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "1x1": (20, 6, 5, 4, 5, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1 stride 2": (18, 6, 8, 7, 5, (1, 1), (2, 2), (0, 0), (1, 1)),
+    "3x3 stride 2": (17, 4, 16, 16, 6, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "stride 2 odd": (16, 4, 9, 13, 6, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "stride 3x2": (5, 3, 11, 10, 4, (3, 2), (3, 2), (1, 0), (1, 1)),
+    "stride over kernel": (4, 3, 9, 9, 2, (2, 2), (4, 3), (0, 0), (1, 1)),
+    "7x7 stride 2": (2, 3, 21, 19, 8, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "dilated": (6, 4, 10, 12, 3, (3, 3), (1, 1), (2, 3), (2, 3)),
+    "dilated strided": (6, 4, 11, 12, 3, (3, 3), (2, 2), (2, 1), (2, 3)),
+    "padding over image": (4, 2, 2, 3, 3, (3, 3), (1, 1), (5, 6), (1, 1)),
+    "padding over kernel strided": (4, 2, 3, 3, 3, (1, 2), (2, 2), (3, 2), (1, 1)),
+    "many channels": (16, 70, 6, 6, 3, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "1x1 image": (19, 7, 1, 1, 4, (3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+def mask_of(shape, density, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def make(shape, density=0.3, seed=0):
+    n, c, h, w, o, kernel, *geometry = SHAPES[shape] if isinstance(shape, str) else shape
+    g = torch.Generator().manual_seed(seed)
+    pattern = Pattern.from_mask(mask_of((o, c, *kernel), density, seed))
+    x = torch.randn(n, c, h, w, generator=g)
+    values, bias = torch.randn(pattern.nnz, generator=g), torch.randn(o, generator=g)
+    return x, values, bias, pattern, geometry
+
+
+def close(got, want, terms, name):
+    """Relative to the largest entry: float32 sums of that many terms in any order."""
+    scale = want.abs().max().clamp_min(1e-30) if want.numel() else 1.0
+    error = ((got.double() - want).abs().max() / scale).item() if want.numel() else 0.0
+    limit = 1.2e-7 * (8 + terms**0.5 * 2)
+    assert got.shape == want.shape, name
+    assert error <= limit, f"{name}: relative error {error:.2e} over {limit:.2e}"
+
+
+def check(x, values, bias, pattern, geometry, grad_like=None, seed=1):
+    mine = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, values, bias)]
+    oracle = [t.detach().double().requires_grad_() for t in (x, values, bias)]
+    y = masked_conv2d(*mine, pattern, *geometry)
+    want = masked_conv2d_reference(*oracle, pattern, *geometry)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed))
+    y.backward(grad_like(grad) if grad_like else grad)
+    want.backward(grad.double())
+    taps = pattern.shape[2] * pattern.shape[3]
+    close(y, want, pattern.shape[1] * taps, "output")
+    close(mine[0].grad, oracle[0].grad, pattern.shape[0] * taps, "input gradient")
+    close(mine[1].grad, oracle[1].grad, x.shape[0] * want.shape[2] * want.shape[3], "values gradient")
+    close(mine[2].grad, oracle[2].grad, x.shape[0] * want.shape[2] * want.shape[3], "bias gradient")
+    return y, mine
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    try:
+        cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu_isa("")
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poison():
+    """Fresh memory holds NaN, so that whatever a kernel forgets to write shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_dense(shape, isa, poison):
+    check(*make(shape))
+
+
+@pytest.mark.parametrize("shape", ["3x3", "8x8 two tiles", "1x1", "3x3 stride 2", "stride 3x2", "dilated strided"])
+def test_channels_last(shape, isa, poison):
+    x, *rest = make(shape)
+    last = lambda t: t.to(memory_format=torch.channels_last)  # noqa: E731
+    y, mine = check(last(x), *rest, grad_like=last)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert mine[0].grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", ["3x3", "8x8 two tiles", "one sample", "stride 2 odd"])
+def test_threads(shape, threads):
+    check(*make(shape))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0], ids=["zero mask", "empty rows", "full mask"])
+@pytest.mark.parametrize("shape", ["3x3", "3x3 stride 2", "1x1"])
+def test_densities(shape, density, isa, poison):
+    check(*make(shape, density))
+
+
+def test_empty_row_and_column():
+    x, _, bias, pattern, geometry = make("3x3")
+    mask = pattern.mask()
+    mask[2], mask[:, 1] = False, False
+    pattern = Pattern.from_mask(mask)
+    y, mine = check(x, torch.randn(pattern.nnz), bias, pattern, geometry)
+    assert torch.equal(y[:, 2], bias[2].expand_as(y[:, 2]))
+    assert not mine[0].grad[:, 1].any()
+
+
+def test_empty_batch():
+    x, values, bias, pattern, geometry = make("3x3")
+    x = x[:0].requires_grad_()
+    values.requires_grad_()
+    y = masked_conv2d(x, values, bias, pattern, *geometry)
+    assert y.shape == (0, 7, 9, 11)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not values.grad.any()
+
+
+def test_non_contiguous():
+    x, *rest = make("3x3")
+    wide = torch.stack([x, x + 1], -1)[..., 0]
+    assert not wide.is_contiguous()
+    check(wide, *rest, grad_like=lambda g: torch.stack([g, g], -1)[..., 0])
+    y, _ = check(x.transpose(2, 3), *rest, grad_like=lambda g: g.to(memory_format=torch.channels_last))
+    assert y.is_contiguous()
+
+
+def test_expanded_gradient():
+    x, values, bias, pattern, geometry = make("3x3")
+    values.requires_grad_()
+    masked_conv2d(x, values, bias, pattern, *geometry).sum().backward()
+    oracle = values.detach().double().requires_grad_()
+    masked_conv2d_reference(x.double(), oracle, bias.double(), pattern, *geometry).sum().backward()
+    close(values.grad, oracle.grad, 33 * 99, "values gradient")
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=["x", "values", "bias", "no bias"])
+def test_only_what_is_needed(needs):
+    x, values, bias, pattern, geometry = make("3x3 stride 2")
+    tensors = [t.requires_grad_(bool(need)) for t, need in zip((x, values, bias), needs, strict=True)]
+    if needs == (1, 1, 0):
+        tensors[2] = None
+    y = masked_conv2d(*tensors, pattern, *geometry)
+    y.square().sum().backward()
+    oracle = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    masked_conv2d_reference(*oracle, pattern, *geometry).square().sum().backward()
+    for t, want, need in zip(tensors, oracle, needs, strict=True):
+        if need:
+            close(t.grad, want.grad, 17 * 64 * 2, "gradient")
+        else:
+            assert t is None or t.grad is None
+
+
+def test_reference_takes_double_and_is_differentiable():
+    x, values, bias, pattern, geometry = make((1, 2, 3, 4, 2, (3, 3), (2, 1), (1, 1), (1, 1)))
+    tensors = [t.double().requires_grad_() for t in (x, values, bias)]
+    assert torch.autograd.gradcheck(lambda *t: masked_conv2d(*t, pattern, *geometry), tensors)
+    weight = pattern.scatter(tensors[1])
+    want = F.conv2d(tensors[0], weight, tensors[2], *geometry)
+    torch.testing.assert_close(masked_conv2d(*tensors, pattern, *geometry), want)
+
+
+@pytest.mark.parametrize("shape", ["3x3", "stride 3x2"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_opcheck(shape, layout):
+    x, values, bias, pattern, geometry = make(shape)
+    args = [x.to(memory_format=layout).requires_grad_(), values.requires_grad_(), bias.requires_grad_()]
+    forward = (*args, *pattern.tensors, pattern.shape[2:], *geometry, True)
+    torch.library.opcheck(torch.ops.pysparse_ticket.masked_conv2d, forward)
+    y, packed = torch.ops.pysparse_ticket.masked_conv2d(*forward)
+    last = layout is torch.channels_last
+    geometry = (x.shape, pattern.shape[2:], *geometry, last, True, True)
+    torch.library.opcheck(
+        torch.ops.pysparse_ticket.masked_conv2d_backward,
+        (y.detach(), packed, values.detach(), *pattern.tensors, *geometry),
+    )
+
+
+def test_compiles_in_one_graph():
+    x, values, bias, pattern, geometry = make("3x3")
+    values.requires_grad_()
+
+    def f(x, values):
+        return masked_conv2d(x.relu(), values, bias, pattern, *geometry).square().mean()
+
+    want = torch.autograd.grad(f(x, values), values)[0]
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x, values), values)[0]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 8, 8)}, r"input \[N, 5, H, W\]"),
+        ({"values": torch.zeros(3)}, "weights, but values has shape"),
+        ({"bias": torch.zeros(3)}, r"bias \[7\]"),
+        ({"x": torch.zeros(2, 5, 1, 1), "padding": (0, 0)}, "smaller than the kernel"),
+        ({"stride": (0, 1)}, "must be positive"),
+        ({"pattern": Pattern.from_mask(torch.ones(3, 4, dtype=torch.bool))}, r"mask \[O, C, kh, kw\]"),
+    ],
+    ids=["channels", "values", "bias", "small image", "stride", "linear pattern"],
+)
+def test_bad_input(change, message):
+    x, values, bias, pattern, (stride, padding, dilation) = make("3x3")
+    args = {
+        "x": x,
+        "values": values,
+        "bias": bias,
+        "pattern": pattern,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
+    with pytest.raises(ValueError, match=message):
+        masked_conv2d(**{**args, **change})
