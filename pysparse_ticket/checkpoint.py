@@ -7,9 +7,7 @@ same vector code); the rest of the tree is JSON in the file's header. Nothing in
 from __future__ import annotations
 
 import json
-import os
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+
+from .files import write_whole
 
 FORMAT = "pysparse_ticket checkpoint 1"
 
@@ -48,35 +48,6 @@ def load(path: str | Path) -> Any:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but no {FORMAT!r}: give the path of a checkpoint")
     return _decode(json.loads(metadata["tree"]), tensors)
-
-
-def write_whole(path: str | Path, blob: bytes) -> None:
-    """Replaces the file ``path`` by ``blob`` so that a crash, a kill or a full disk at any moment leaves the old one.
-
-    Raises OSError, with the system's errno, when it cannot; the unfinished file beside ``path`` is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder, so that the rename stays on one file system
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        kept = "the previous one is untouched" if path.exists() else "nothing was left behind"
-        raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno or 0)}; {kept}") from error
-    if os.name == "posix":  # the rename itself lasts through a power cut once the folder is on the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def check_same_run(path: str | Path, tree: Any, ours: dict) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import data as datasets
 from . import models
 from .data import ImageData
-from .files import replace_file
+from .files import write_whole
 from .measure import Meter, interleave, macs, parameters, peak_bytes
 from .nn import sparsify
 from .planner import plan, step
@@ -115,8 +115,8 @@ def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, i
             done += per_run
     summary = [summarise(name, runs, results["dense"], settings) for name, runs in results.items()]
     facts = machine() | {"settings": asdict(settings), "dense_format": dense_format, "dense_step_seconds": dense_times}
-    write(folder / "summary.json", json.dumps(summary, indent=2))
-    write(folder / "run.json", json.dumps(facts, indent=2))
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    write_whole(folder / "run.json", json.dumps(facts, indent=2).encode())
     header, rows = cells(summary)
     energy = sorted({arm["energy_method"] for arm in summary})
     dense_note = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in dense_times.items())
@@ -125,7 +125,7 @@ def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, i
         f"{settings.train.epochs} epochs. {machine_line(facts)}. Dense step: {dense_note}; {dense_format} is used. "
         f"Energy: {'; '.join(energy)}.\n"
     )
-    write(folder / "table.md", text)
+    write_whole(folder / "table.md", text.encode())
     plot_arms(summary, folder / "plot.png")
     return summary
 
@@ -235,7 +235,3 @@ def summarise(name: str, runs: list[dict], dense: list[dict], settings: Settings
         "plan": runs[0]["plan"],
         "curves": [{"seconds": run["seconds"], "accuracy": run["accuracy"]} for run in runs],
     }
-
-
-def write(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: Path(temporary).write_text(text))

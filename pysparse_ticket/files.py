@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
 
+def write_whole(path: str | Path, blob: bytes) -> None:
+    """Replaces the file ``path`` by ``blob`` so that a crash, a kill or a full disk at any moment leaves the old one.
 
-def replace_file(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """``write(temporary)`` beside ``path``, then rename over it: the old file survives a kill or a full disk."""
+    Raises OSError, with the system's errno, when it cannot; the unfinished file beside ``path`` is removed.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(path.name + ".tmp")  # in the same folder, so that the rename stays on one file system
     try:
-        write(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path}: {error}; what was there before is unchanged") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        kept = "the previous one is untouched" if path.exists() else "nothing was left behind"
+        raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno or 0)}; {kept}") from error
+    if os.name == "posix":  # the rename itself lasts through a power cut once the folder is on the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

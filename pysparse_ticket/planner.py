@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import replace_file
+from .files import write_whole
 from .measure import interleave
 
 SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
@@ -187,7 +187,7 @@ class PlanCache:
         """Keep the outcomes; a folder that cannot be written costs the next call a race, nothing else."""
         if self.changed:
             with contextlib.suppress(OSError):
-                replace_file(self.path, lambda temporary: Path(temporary).write_text(json.dumps(self.known)))
+                write_whole(self.path, json.dumps(self.known).encode())
 
 
 def cpu_model() -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from .files import replace_file
+from .files import write_whole
 
 FORMAT = "pysparse_ticket"
 VERSION = "1"
@@ -131,7 +131,7 @@ class Ticket:
             "provenance": self.provenance,
         }
         metadata = {"format": FORMAT, "version": VERSION, "ticket": json.dumps(header)}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_whole(path, to_safetensors(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> Ticket:

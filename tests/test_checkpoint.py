@@ -17,6 +17,7 @@ import training_worker as worker
 from safetensors.torch import save_file
 
 from pysparse_ticket import checkpoint as checkpoints
+from pysparse_ticket import files
 from pysparse_ticket.train import Interrupted, TrainConfig, train
 
 KINDS = ["sgd", "adamw"]
@@ -261,7 +262,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     worker.run("sgd", path, stop_after=3)
     written = path.read_bytes()
-    monkeypatch.setattr(checkpoints, "open", FullDisk, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
     with pytest.raises(OSError, match=f"cannot write {path}: No space left on device; the previous one is") as caught:
         worker.run("sgd", path)
     assert caught.value.errno == errno.ENOSPC

@@ -100,8 +100,8 @@ def test_full_disk_keeps_the_old_ticket(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pysparse_ticket.ticket.save_file", full)
-    with pytest.raises(OSError, match="what was there before is unchanged"):
+    monkeypatch.setattr("pysparse_ticket.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device; the previous one is untouched"):
         ticket_of(net()).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
