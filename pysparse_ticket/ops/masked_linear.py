@@ -1,0 +1,145 @@
+"""``F.linear(x, weight * mask, bias)`` with the surviving weights packed; kernels in ``csrc/cpu/masked_linear.cpp``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import CPU_ERROR, choose_backend
+from .pattern import Pattern
+
+Schedules = tuple[Tensor, Tensor]
+ACTIVATIONS = (None, "relu")
+
+
+def column_tile(nnz: int, rows: int, columns: int) -> int:
+    """Columns a tile: 64 samples of it are to stay in a 48 KB L1, and a row is to have a dozen nonzeros in it."""
+    return 128
+
+
+def linear_schedule(pattern: Pattern) -> Schedules:
+    """The order in which the kernels walk ``pattern`` and its transpose: int32 tensors on the CPU, made once a mask."""
+    out_features, in_features = pattern.shape
+    cpu = [t.cpu() for t in pattern.tensors]
+    row_ptr, col, t_row_ptr, t_col, _ = cpu
+    op = torch.ops.pysparse_ticket.linear_schedule
+    return (
+        op(row_ptr, col, in_features, column_tile(pattern.nnz, out_features, in_features)),
+        op(t_row_ptr, t_col, out_features, column_tile(pattern.nnz, in_features, out_features)),
+    )
+
+
+def masked_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    activation: str | None = None,
+    backend: str | None = None,
+    schedules: Schedules | None = None,
+) -> Tensor:
+    """``F.linear(x, pattern.scatter(values), bias)``, then ReLU where ``activation`` is ``"relu"``.
+
+    x ``[..., in]``, values ``[nnz]``, bias ``[out]`` or None, pattern of shape ``[out, in]``; returns ``[..., out]`` of
+    x's dtype. The ``cpu`` backend takes float32 and bfloat16 x, sums in float32, and runs under autocast to bfloat16
+    with the values left in float32; any other dtype or device runs on ``reference``. ``schedules`` is
+    ``linear_schedule(pattern)``, made anew in each call that does not give it. ValueError for shapes that do not fit.
+    """
+    if len(pattern.shape) != 2:
+        raise ValueError(f"masked_linear takes the pattern of a 2-D mask, not of shape {tuple(pattern.shape)}")
+    out_features, in_features = pattern.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {in_features} input features")
+    if values.shape != (pattern.nnz,):
+        raise ValueError(f"values of shape {tuple(values.shape)} do not match the pattern's {pattern.nnz} nonzeros")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias of shape {tuple(bias.shape)} does not match the pattern's {out_features} output features")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: None, 'relu'")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+        # the kernels have no float16: autocast to it leaves x in float32
+        x = x.to(torch.bfloat16) if torch.get_autocast_dtype(device) == torch.bfloat16 else x
+    if choose_backend("masked_linear", backend, x) == "reference":
+        return _reference(x, values, bias, pattern, activation)
+    if schedules is None:
+        schedules = linear_schedule(pattern)
+    keep = torch.is_grad_enabled() and values.requires_grad
+    y, _ = torch.ops.pysparse_ticket.masked_linear(
+        x,
+        values.float(),
+        None if bias is None else bias.float(),
+        pattern.col,
+        pattern.t_col,
+        pattern.t_perm,
+        *schedules,
+        out_features,
+        activation == "relu",
+        keep,
+    )
+    return y
+
+
+def _reference(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, activation: str | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, values.dtype)
+        y = F.linear(x.to(dtype), pattern.scatter(values.to(dtype)), None if bias is None else bias.to(dtype))
+        return (y.relu() if activation else y).to(x.dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, values, bias, col, t_col, t_perm, schedule, t_schedule, _, relu, _ = inputs
+    y, packed = output
+    ctx.mark_non_differentiable(packed)
+    ctx.in_features = x.shape[-1]
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(packed, values, y if relu else None, col, t_col, t_perm, schedule, t_schedule)
+
+
+def _backward(ctx, grad_y: Tensor, _grad_packed: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_x, need_values, need_bias = ctx.needs_input_grad[:3]
+    need_bias = need_bias and ctx.has_bias
+    grads = torch.ops.pysparse_ticket.masked_linear_backward(
+        grad_y, *ctx.saved_tensors, ctx.in_features, need_x, need_values, need_bias
+    )
+    kept = (grad if need else None for grad, need in zip(grads, (need_x, need_values, need_bias), strict=True))
+    return *kept, *(None,) * 8
+
+
+def _padded(samples: int) -> int:
+    return (samples + 15) // 16 * 16
+
+
+def _samples(t: Tensor) -> int:
+    n = 1
+    for size in t.shape[:-1]:
+        n *= size
+    return n
+
+
+def _fake(x, values, bias, col, t_col, t_perm, schedule, t_schedule, out_features, relu, keep):
+    packed = _padded(_samples(x)) * x.shape[-1] if keep else 0
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(packed, dtype=torch.float32)
+
+
+def _fake_backward(grad_y, packed_x, values, y, col, t_col, t_perm, schedule, t_schedule, in_features, *need):
+    need_x, need_values, need_bias = need
+    return (
+        grad_y.new_empty((*grad_y.shape[:-1], in_features) if need_x else (0,)),
+        values.new_empty(values.shape[0] if need_values else 0),
+        values.new_empty(grad_y.shape[-1] if need_bias else 0),
+    )
+
+
+def _fake_schedule(row_ptr, col, width, columns):
+    rows, tiles = row_ptr.shape[0] - 1, max(1, -(-width // columns))
+    chunks = min(max(rows // 256, 1), 8)
+    return col.new_empty(5 + chunks + 1 + 2 * (tiles * chunks + 1) + 3 * rows * tiles)
+
+
+if CPU_ERROR is None:
+    torch.library.register_fake("pysparse_ticket::masked_linear", _fake)
+    torch.library.register_fake("pysparse_ticket::masked_linear_backward", _fake_backward)
+    torch.library.register_fake("pysparse_ticket::linear_schedule", _fake_schedule)
+    torch.library.register_autograd("pysparse_ticket::masked_linear", _backward, setup_context=_setup)
