@@ -172,7 +172,8 @@ class _Run:
         with autocast_to(self.device, self.config.autocast):
             value = self.loss(self.model(laid_out(images, self.config.channels_last)), labels)
         self.losses[position] = value.detach()
-        if self.device.type == "cpu":  # free here; on a GPU reading the loss would wait for it at every step
+        # free on a CPU; on a GPU reading the loss would wait for it at every step
+        if self.device.type == "cpu" and not math.isfinite(value.item()):
             self.check_finite(position + 1)
         self.scaler.scale(value).backward()
         self.scaler.step(self.optimizer)

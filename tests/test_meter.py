@@ -121,6 +121,7 @@ def test_counter_that_wraps_is_read_during_the_window(ticking):
 
 def test_meter_waits_for_the_gpu_at_both_edges(monkeypatch):
     calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
     monkeypatch.setattr(clock, "open_counter", lambda device: SimpleNamespace(
         method="fake", details={}, longest_gap=None, celsius=lambda: 40.0 + len(calls),
@@ -231,6 +232,13 @@ def test_meter_on_a_machine_without_rapl(monkeypatch, tmp_path):
     assert m.seconds > 0
     assert (m.joules, m.gco2) == (None, None)
     assert m.method.startswith("not measured: no RAPL package counter")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_meter_of_a_gpu_that_is_not_there():
+    with Meter("cuda") as m:
+        pass
+    assert m.method == "not measured: torch sees no GPU"
 
 
 class FakeNvml:

@@ -68,7 +68,8 @@ class Meter:
     def __enter__(self) -> Meter:
         self._failure = None
         try:
-            self._counter = self._counter or open_counter(self.device)
+            if self._counter is None:
+                self._counter = open_counter(self.device)
             self.details.update(self._counter.details)
             self.period = find_period(self._counter.joules)
             if self.idle_seconds:
@@ -194,7 +195,7 @@ def interleave(
 
 def synchronize(device: torch.device) -> None:
     """Waits for a GPU's work, which is launched and not done when a call returns; a CPU's is done."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.synchronize(device)
 
 
