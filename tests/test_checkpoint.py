@@ -284,6 +284,13 @@ def test_file_size_limit_of_the_system_keeps_the_previous_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["run.safetensors"]
 
 
+def test_folder_that_is_a_file_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write .*nothing was left behind"):
+        worker.run("sgd", tmp_path / "file" / "run", on_step=lambda progress: pytest.fail("a step was done"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_tree_comes_back_as_it_was(tmp_path):
     shared = torch.arange(24.0).reshape(1, 2, 3, 4)
     tree = {
