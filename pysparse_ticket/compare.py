@@ -182,15 +182,17 @@ def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, 
         "plan": plan(model).rows() if ticket is not None else [],
     }
     runner = torch.compile(model) if dense_format == "compile" and not ticket_is_masked(ticket) else model
+    checkpoint = folder / f"{slug}-seed{seed}.checkpoint"
+    resumed = checkpoint.exists()  # its first part ran in another process, whose joules are gone
     with Meter(settings.train.device, country=settings.country, gco2_per_kwh=settings.gco2_per_kwh) as meter:
-        history = train(runner, data, config, checkpoint=folder / f"{slug}-seed{seed}.checkpoint", on_step=tick)
+        history = train(runner, data, config, checkpoint=checkpoint, on_step=tick)
     return cost | {
         "accuracy": history.test_accuracy,
         "seconds": history.seconds,
         "find_seconds": found,
-        "joules": meter.joules,
-        "gco2": meter.gco2,
-        "energy_method": meter.method,
+        "joules": None if resumed else meter.joules,
+        "gco2": None if resumed else meter.gco2,
+        "energy_method": "not measured: the run was resumed" if resumed else meter.method,
     }
 
 

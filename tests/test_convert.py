@@ -117,10 +117,11 @@ def test_optimizer_state_is_carried_over_and_back(case, kind):
         "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
         "adam": lambda p: torch.optim.Adam(p, 0.01),
     }[kind]
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
     x, y = batch()
+    # no bias before a batch norm: its gradient is rounding noise, which Adam would scale to full steps
     if case == "layer":
-        model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(4)))
+        model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(4)))
         model = nn.Sequential(model, nn.Flatten(), nn.Linear(192, 10))
     options = CASES[case] | ({"remove": 2} if "remove" in CASES[case] else {})
     ticket = ticket_of(model, **options)
@@ -132,7 +133,7 @@ def test_optimizer_state_is_carried_over_and_back(case, kind):
         opt.zero_grad()
     sparse = pst.sparsify(model, ticket, optimizer=optimizer)
     dropped = [p for name in ticket.removed_blocks for p in twin.get_submodule(name).parameters()]
-    filters = {"0.weight", "0.bias", "1.weight", "1.bias"} if case == "filter" else set()
+    filters = {"0.weight", "1.weight", "1.bias"} if case == "filter" else set()
 
     def to_ticket():
         for name in ticket.removed_blocks:
