@@ -1,0 +1,45 @@
+"""Image sets, by name: each a whole set in memory as uint8 tensors."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from functools import partial
+from typing import Any
+
+from . import cifar, digits, procedural
+from .images import ImageData
+
+__all__ = ["ImageData", "load", "names"]
+
+_LOADERS = {
+    "digits": digits.load,
+    "procedural": procedural.load,
+    "cifar10": partial(cifar.load, "cifar10"),
+    "cifar100": partial(cifar.load, "cifar100"),
+}
+_NEEDS_ROOT = ("cifar10", "cifar100")
+
+
+def names() -> tuple[str, ...]:
+    """The names that `load` takes."""
+    return tuple(_LOADERS)
+
+
+def load(name: str, root: str | os.PathLike | None = None, download: bool = False, **options: Any) -> ImageData:
+    """The image set of a name: digits, procedural, cifar10 or cifar100.
+
+    ``root`` and ``download`` serve the sets that lie in a folder (CIFAR) and do nothing for the others; ``options`` go
+    to the set's own loader: ``size`` and ``seed`` of the digits; ``train``, ``test``, ``size``, ``difficulty`` and
+    ``seed`` of the procedural set. Raises ValueError for an unknown name or option (the message lists the known ones),
+    else what the loader raises.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(_LOADERS)}")
+    loader = _LOADERS[name]
+    known = set(inspect.signature(loader).parameters) - {"root", "download"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}")
+    if name in _NEEDS_ROOT:
+        options.update(root=root, download=download)
+    return loader(**options)
