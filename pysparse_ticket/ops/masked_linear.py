@@ -54,7 +54,9 @@ def masked_linear(
     if values.shape != (pattern.nnz,):
         raise ValueError(f"values of shape {tuple(values.shape)} do not match the pattern's {pattern.nnz} nonzeros")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} does not match the pattern's {out_features} output features")
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} does not match the pattern's {out_features} output features"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: None, 'relu'")
     device = x.device.type

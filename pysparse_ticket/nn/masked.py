@@ -1,0 +1,164 @@
+"""What the masked layers share: parameters of the surviving weights, dense state_dicts, formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.pattern import Pattern
+
+FORMATS = ("packed", "dense")
+
+
+class MaskedModule(nn.Module):
+    """A layer whose weight is ``weight * mask``; pruned weights stay exactly zero.
+
+    format "packed"  the Parameter ``values`` ``[nnz]`` holds the surviving weights in the order of ``weight[mask]``
+    format "dense"   the Parameter ``weight`` has the dense shape and zeros where pruned; its gradient is masked
+
+    ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
+    keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can.
+    """
+
+    def __init__(self, module: nn.Module, mask: Tensor) -> None:
+        super().__init__()
+        name = type(module).__name__
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask of a {name} is a bool tensor, not {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
+        if mask.shape != module.weight.shape:
+            raise ValueError(
+                f"the mask's shape {tuple(mask.shape)} is not the {name}'s weight shape {tuple(module.weight.shape)}"
+            )
+        weight = module.weight
+        self.why_dense: str | None = None
+        self.format = "dense"
+        self._shape = tuple(mask.shape)
+        mask = mask.to(weight.device)
+        for field, tensor in zip(Pattern.FIELDS, Pattern.from_mask(mask).tensors, strict=True):
+            self.register_buffer(field, tensor, persistent=False)
+        self.register_buffer("_mask", mask.clone(), persistent=False)
+        dense = torch.where(mask, weight.detach(), 0)
+        self._parameters["weight"] = nn.Parameter(dense, requires_grad=weight.requires_grad)
+        bias = None if module.bias is None else module.bias.detach().clone()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=module.bias.requires_grad)
+        self.train(module.training)
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(self._shape, self.row_ptr, self.col, self.t_row_ptr, self.t_col, self.t_perm)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, of the dense weight's shape."""
+        return self._mask if self.format == "dense" else self.pattern.mask()
+
+    @property
+    def nnz(self) -> int:
+        return self.col.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are pruned."""
+        total = 1
+        for n in self._shape:
+            total *= n
+        return 1 - self.nnz / total if total else 0.0
+
+    @property
+    def weight_parameter(self) -> nn.Parameter:
+        """``values`` or ``weight``, whichever the format has."""
+        return self.values if self.format == "packed" else self.weight
+
+    def __getattr__(self, name: str):
+        # a property would hide the Parameter of that name from nn.Module and from replicas, which hold plain tensors
+        if name == "weight" and self.__dict__.get("format") == "packed":
+            return self.pattern.scatter(self.values)
+        return super().__getattr__(name)
+
+    def masked_weight(self) -> Tensor:
+        """Format "dense": the weight, with a gradient that is zero where pruned."""
+        return self.weight * self._mask
+
+    def compact_like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the dense weight's shape to one of ``weight_parameter``'s, as for an optimizer's state."""
+        return self.pattern.gather(tensor) if self.format == "packed" else torch.where(self._mask, tensor, 0)
+
+    def dense_like(self, tensor: Tensor) -> Tensor:
+        """A tensor of ``weight_parameter``'s shape to one of the dense weight's."""
+        return self.pattern.scatter(tensor) if self.format == "packed" else tensor
+
+    @torch.no_grad()
+    def set_format(self, format: str) -> None:
+        """Change how the layer runs. The weight's Parameter is a new one; its gradient, if any, comes along.
+
+        ValueError for an unknown format, or for "packed" where ``why_dense`` gives the reason against it.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        if format == self.format:
+            return
+        if format == "packed" and self.why_dense:
+            raise ValueError(f"this layer cannot be packed: {self.why_dense}")
+        old = self.weight_parameter
+        weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
+        self._parameters.pop("values" if self.format == "packed" else "weight")
+        self.format = format
+        if format == "dense":
+            self._mask = self.pattern.mask()
+        else:
+            self._mask = None
+        new = nn.Parameter(self.compact_like(weight), requires_grad=old.requires_grad)
+        new.grad = None if grad is None else self.compact_like(grad)
+        self._parameters = {"values" if format == "packed" else "weight": new, **self._parameters}
+
+    def _pack_if_possible(self) -> None:
+        if not self.why_dense:
+            self.set_format("packed")
+
+    def _to_dense(self, dense: nn.Module) -> nn.Module:
+        """Fill a dense module made for it with copies of the weights."""
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+        dense.weight.requires_grad_(self.weight_parameter.requires_grad)
+        if self.bias is not None:
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        metadata: Mapping,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
+    ) -> None:
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        if weight is not None and tuple(weight.shape) != self._shape:
+            errors.append(f"{key} has the shape {tuple(weight.shape)}; the masked layer's is {self._shape}")
+            return
+        own = dict(state_dict)
+        if weight is not None:
+            kept = self.compact_like(weight.detach().to(self.col.device))
+            own[key] = kept
+            if self.format == "packed":
+                own[prefix + "values"] = own.pop(key)
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        missing[:] = [key if name == prefix + "values" else name for name in missing]
+
+    def extra_repr(self) -> str:
+        why = f" ({self.why_dense})" if self.why_dense else ""
+        return f"sparsity={self.sparsity:.4f}, format={self.format}{why}"

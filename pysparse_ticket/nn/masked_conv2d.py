@@ -1,0 +1,83 @@
+"""``nn.Conv2d`` with a mask."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.masked_conv2d import masked_conv2d
+from .masked import MaskedModule
+
+
+def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Padding as numbers; None for a "same" that pads its sides differently."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return tuple(conv.padding)
+
+
+class MaskedConv2d(MaskedModule):
+    """Equal to ``F.conv2d(x, weight * mask, bias, stride, padding, dilation, groups)``, ``padding_mode`` included.
+
+    Grouped convolutions, padding modes other than zeros, and a "same" padding that is not symmetric stay in format
+    "dense"; ``why_dense`` says so.
+    """
+
+    def __init__(self, module: nn.Conv2d, mask: Tensor) -> None:
+        super().__init__(module, mask)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(module, name))
+        self.padding_mode = module.padding_mode
+        self._padding = _resolve_padding(module)
+        if module.groups > 1:
+            self.why_dense = f"groups={module.groups}; the packed kernels take ungrouped convolutions"
+        elif module.padding_mode != "zeros":
+            self.why_dense = f"padding_mode={module.padding_mode!r}; the packed kernels pad with zeros"
+        elif self._padding is None:
+            self.why_dense = f"padding={module.padding!r} is not the same on both sides"
+        self._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice  # nn.Conv2d's own, see forward
+        self._pack_if_possible()
+
+    @classmethod
+    def from_dense(cls, module: nn.Conv2d, mask: Tensor) -> MaskedConv2d:
+        """A packed copy of ``module`` with the weights under the bool ``mask`` of the weight's shape kept, or a dense
+        one where ``why_dense`` says so. ValueError for a mask of another shape or dtype."""
+        return cls(module, mask)
+
+    def _new_dense(self, weight: Tensor) -> nn.Conv2d:
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """A plain copy, zeros where pruned."""
+        return self._to_dense(self._new_dense(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.format == "dense":
+            # torch's own code for all paddings; it reads the attributes that both classes have
+            return nn.Conv2d._conv_forward(self, x, self.masked_weight(), self.bias)
+        return masked_conv2d(x, self.values, self.bias, self.pattern, self.stride, self._padding, self.dilation)
+
+    def macs(self, input: Tensor, output: Tensor) -> int:
+        """Multiply-adds of the surviving weights for the whole batch."""
+        return self.nnz * (output.numel() // self.out_channels if self.out_channels else 0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            + super().extra_repr()
+        )
