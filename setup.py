@@ -14,7 +14,7 @@ CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*
 
 # no -march=native: a wheel must run on another machine, so each ISA is a function attribute chosen at run time (csrc/cpu/isa.h)
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
-DEFINES = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+DEFINES = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 
 with_cuda = bool(CUDA_SOURCES and torch.version.cuda and (shutil.which("nvcc") or os.environ.get("CUDA_HOME")))
 extension = CUDAExtension if with_cuda else CppExtension

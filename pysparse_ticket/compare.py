@@ -49,6 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        if self.train.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {self.train.device!r} was asked for, but torch sees no GPU; use --device cpu")
 
 
 Search = Callable[[nn.Module, tuple[Tensor, Tensor], int], Ticket | None]
@@ -75,7 +77,7 @@ def arms(settings: Settings) -> dict[str, Search]:
         f"layers grasp -{settings.remove}": layers("grasp"),
         f"layers snip -{settings.remove}": layers("snip"),
         f"layers random -{settings.remove}": layers("random"),
-        "filters grasp, same count": twin,
+        "filters grasp": twin,
         f"weights {settings.sparsity:.0%}": weights,
     }
 
@@ -122,7 +124,7 @@ def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, i
     dense_note = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in dense_times.items())
     text = (
         f"{markdown_table(header, rows)}\n{settings.model} on {settings.data}, {settings.seeds} paired seeds, "
-        f"{settings.train.epochs} epochs. {machine_line(facts)}. Dense step: {dense_note}; {dense_format} is used. "
+        f"{settings.train.epochs} epochs; the filter arm keeps as many filters as layers grasp. {machine_line(facts)}. Dense step: {dense_note}; {dense_format} is used. "
         f"Energy: {'; '.join(energy)}.\n"
     )
     write_whole(folder / "table.md", text.encode())
@@ -167,7 +169,7 @@ def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, 
     ticket = search(model, batch, seed)
     last = dense_format != "contiguous"
     x = batch[0].contiguous(memory_format=torch.channels_last) if last else batch[0]
-    slug = name.replace(" ", "-").replace(",", "").replace("%", "")
+    slug = name.replace(" ", "-").replace("%", "")
     if ticket is not None:
         ticket.save(folder / f"{slug}-seed{seed}.ticket.safetensors")
         if last:

@@ -30,13 +30,13 @@ def test_compare_writes_everything(tmp_path):
     words = ("compare", "--model", "resnet20", "--size", 8, "--epochs", 1, "--seeds", 1, "--remove", 2, "--batch-size", 512)
     out = run(*words, "--runs", tmp_path, "--name", "r", "--country", "BRA").output
     arms = json.loads((tmp_path / "r" / "summary.json").read_text())
-    names = ["dense", "layers grasp -2", "layers snip -2", "layers random -2", "filters grasp, same count", "weights 90%"]
+    names = ["dense", "layers grasp -2", "layers snip -2", "layers random -2", "filters grasp", "weights 90%"]
     assert [arm["name"] for arm in arms] == names
     for arm in arms:
         assert arm["macs"] > 0 and arm["peak_bytes"] > 0 and arm["train_seconds"] > 0 and arm["seeds"] == [0]
         assert 0 < arm["accuracy"]["mean"] < 1 and "std" in arm["accuracy"]
         assert (arm["joules"] is None) == arm["energy_method"].startswith("not measured")
-        assert arm["name"] in out.replace("…", "")
+        assert arm["name"] in out
     assert arms[0]["speedup"] == 1.0 and not arms[0]["plan"]
     # resnet20 at 8x8: one block is 4,718,592 / 16 MACs; 3 -> 1 input channels in the stem
     assert arms[1]["macs"] == arms[0]["macs"] - 2 * 4_718_592 // 16
@@ -56,7 +56,7 @@ def test_compare_writes_everything(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "resnet21"], "resnet20"),
+        (["--model", "vgg"], "resnet20"),
         (["--data", "mnist"], "digits"),
         (["--data", "cifar10", "--root", "/nowhere"], "/nowhere"),
         (["--sparsity", "1.0"], "sparsity must lie in [0, 1)"),

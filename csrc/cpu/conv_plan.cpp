@@ -156,14 +156,49 @@ RowsArgs rows_args(const Walk& w, const float* x, float* y, int64_t outputs, int
   return a;
 }
 
-void clear_halo(float* plane, const Plane& p) {
-  const int64_t row = p.row();
-  std::memset(plane, 0, p.top * row * sizeof(float));
-  std::memset(plane + (p.top + p.h) * row, 0, p.bottom * row * sizeof(float));
-  for (int64_t r = p.top; r < p.top + p.h; ++r) {
-    std::memset(plane + r * row, 0, p.left * kLanes * sizeof(float));
-    std::memset(plane + r * row + (p.left + p.w) * kLanes, 0, p.right * kLanes * sizeof(float));
+int64_t longest_row(const Walk& w, int64_t outputs) {
+  int64_t most = 0;
+  for (int64_t o = 0; o < outputs; ++o) most = std::max<int64_t>(most, w.row_begin[o + 1] - w.row_begin[o]);
+  return most;
+}
+
+void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y, int64_t out0,
+                      int64_t out1, int64_t entries, float* acc, float* grad) {
+  for (int64_t o = out0; o < out1;) {
+    int64_t next = o + 1;
+    while (next < out1 && w.row_begin[next + 1] - w.row_begin[o] <= entries) ++next;
+    const int64_t k0 = w.row_begin[o], count = w.row_begin[next] - k0;
+    if (count) {
+      std::memset(acc, 0, count * kLanes * sizeof(float));
+      RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
+      a.out0 = int(o);
+      a.out1 = int(next);
+      a.acc = acc;
+      a.acc0 = k0;
+      tile_kernels().weight_grad(a);
+      tile_kernels().reduce(acc, grad + k0, count);
+    }
+    o = next;
   }
+}
+
+void sum_parts(const float* parts, int64_t count, int64_t size, float* out) {
+  for (int64_t k = 0; k < size; ++k) {
+    float sum = 0;
+    for (int64_t t = 0; t < count; ++t) sum += parts[t * size + k];
+    out[k] = sum;
+  }
+}
+
+void clear_halo(float* plane, const Plane& p) {
+  const int64_t row = p.row(), gap = (p.left + p.right) * kLanes;
+  if (p.top + p.bottom + gap == 0) return;
+  const auto clear = [](float* at, int64_t floats) { std::memset(at, 0, floats * sizeof(float)); };
+  // the right edge of a row meets the left edge of the next
+  float* inside = plane + p.origin();
+  clear(plane, p.origin());
+  for (int64_t r = 0; gap && r + 1 < p.h; ++r) clear(inside + r * row + p.w * kLanes, gap);
+  clear(inside + (p.h - 1) * row + p.w * kLanes, p.right * kLanes + p.bottom * row);
 }
 
 Image::Image(int64_t n, int64_t c, const Plane& plane, bool channels_last)

@@ -9,36 +9,11 @@
 
 #include "cpu/conv_plan.h"
 #include "cpu/parallel.h"
+#include "cpu/tensors.h"
 
 namespace pst {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kScratchFloats = 64 * 1024;  // output rows computed before they are unpacked: 256 KB of a 2 MB L2
-constexpr int64_t kAccEntries = 4096;          // weight gradients summed at a time: 256 KB of partial sums
-
-static bool channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  const auto size = t.sizes(), stride = t.strides();
-  int64_t expect = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (size[d] != 1 && stride[d] != expect) return false;
-    expect *= size[d];
-  }
-  return true;
-}
-
-static Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
-  const std::vector<int64_t> size{n, c, h, w};
-  return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt,
-                              last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-static Tensor new_floats(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_empty(like, size, ScalarType::Float);
-}
 
 static ConvShape conv_shape(const std::vector<int64_t>& x, int64_t o, const std::vector<int64_t>& kernel,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -131,27 +106,6 @@ static void input_grad_rows(const std::vector<Walk>& walks, const ConvShape& s, 
   }
 }
 
-// adds one tile's products at the entries of outputs [out0, out1)
-static void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y,
-                             int64_t out0, int64_t out1, float* acc, float* grad) {
-  for (int64_t o = out0; o < out1;) {
-    int64_t next = o + 1;
-    while (next < out1 && w.row_begin[next + 1] - w.row_begin[o] <= kAccEntries) ++next;
-    const int64_t k0 = w.row_begin[o], count = w.row_begin[next] - k0;
-    if (count) {
-      std::memset(acc, 0, count * kLanes * sizeof(float));
-      RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
-      a.out0 = int(o);
-      a.out1 = int(next);
-      a.acc = acc;
-      a.acc0 = k0;
-      tile_kernels().weight_grad(a);
-      tile_kernels().reduce(acc, grad + k0, count);
-    }
-    o = next;
-  }
-}
-
 std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const Tensor& packed, const Tensor& values,
                                                   const Tensor& row_ptr, const Tensor& col, const Tensor& t_row_ptr,
                                                   const Tensor& t_col, const Tensor& t_perm, std::vector<int64_t> input_size,
@@ -183,8 +137,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
   int64_t acc_entries = kAccEntries;
   if (need_values) {
     walk = forward_walk(s, rows, value_data, x_plane, y_plane);
-    for (int64_t o = 0; o < s.o; ++o)
-      acc_entries = std::max<int64_t>(acc_entries, walk.row_begin[o + 1] - walk.row_begin[o]);
+    acc_entries = std::max(acc_entries, longest_row(walk, s.o));
   }
   const Scratch accs(need_values ? threads * acc_entries * kLanes : 0);
   const Scratch partial(need_values ? threads * nnz : 0);
@@ -210,7 +163,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
         if (need_input)
           for (int64_t b = 0; b < blocks; ++b) input_block(thread, t, tile, b);
         if (need_values)
-          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, accs.get() + thread * acc_entries * kLanes,
+          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, kAccEntries, accs.get() + thread * acc_entries * kLanes,
                            partial.get() + thread * nnz);
       }
     });
@@ -234,19 +187,12 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
           const int64_t out0 = std::lower_bound(ptr, ptr + s.o + 1, nnz * part / threads) - ptr;
           const int64_t out1 = std::lower_bound(ptr, ptr + s.o + 1, nnz * (part + 1) / threads) - ptr;
           for (int64_t t = 0; t < tiles; ++t)
-            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1),
+            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1), kAccEntries,
                              accs.get() + thread * acc_entries * kLanes, partial.get() + part * nnz);
         }
       });
   }
-  if (need_values) {
-    float* total = dvalues.mutable_data_ptr<float>();
-    for (int64_t k = 0; k < nnz; ++k) {
-      float sum = 0;
-      for (int64_t t = 0; t < threads; ++t) sum += partial.get()[t * nnz + k];
-      total[k] = sum;
-    }
-  }
+  if (need_values) sum_parts(partial.get(), threads, nnz, dvalues.mutable_data_ptr<float>());
   return {dx, dvalues};
 }
 

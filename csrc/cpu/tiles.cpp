@@ -1,11 +1,17 @@
 #include "cpu/tiles.h"
 
+#define PST_KERNELS                                                                                             \
+  static const TileKernels kKernels = {kMaxRows, kMaxCols, rows,     weight_grad, reduce,    pack,              \
+                                       unpack,   moments,  norm_act, norm_sums,   norm_grad, plane_sum}
+
 namespace pst {
 
 namespace portable {
 #define PST_VL 4
 #define PST_REGS 12
 #include "cpu/tiles.inl"
+#include "cpu/tiled_norm.inl"
+PST_KERNELS;
 #undef PST_VL
 #undef PST_REGS
 }  // namespace portable
@@ -16,6 +22,8 @@ namespace avx2 {
 #define PST_VL 8
 #define PST_REGS 12
 #include "cpu/tiles.inl"
+#include "cpu/tiled_norm.inl"
+PST_KERNELS;
 #undef PST_VL
 #undef PST_REGS
 }  // namespace avx2
@@ -26,6 +34,8 @@ namespace avx512 {
 #define PST_VL 16
 #define PST_REGS 16
 #include "cpu/tiles.inl"
+#include "cpu/tiled_norm.inl"
+PST_KERNELS;
 #undef PST_VL
 #undef PST_REGS
 }  // namespace avx512

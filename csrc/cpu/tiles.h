@@ -25,8 +25,24 @@ struct RowsArgs {
   const int32_t* off;     // floats from x to the pixel that entry k reads
   const float* val;
   const float* bias;      // per output, or null
+  const float* start;     // added to the products, laid out as y; or null
   float* acc;             // weight gradient: 16 partial sums an entry, entry acc0 first
   int64_t acc0;
+};
+
+// One plane of one channel: rows x cols pixels, y contiguous, the others with their own row step in floats
+struct NormPlane {
+  const float* y;        // convolution output
+  const float* g;        // gradient of the output; the residual input in norm_act
+  const float* z;        // the layer's output, rows as g, where the ReLU reads it; null: recomputed from y
+  float* out;
+  int64_t g_row, out_row, rows, cols;
+  int64_t out_halo;      // zeros left and right of each row of out
+  float scale, shift;    // y * scale + shift is the normalised value
+  float mean, constant, slope;  // gradient of y: g * scale + constant + (y - mean) * slope
+  float* sums;           // [2][16]: of g, of g * (y - mean)
+  int lanes;             // samples in this tile
+  bool relu;
 };
 
 struct TileKernels {
@@ -38,6 +54,11 @@ struct TileKernels {
   // src: `lanes` samples, sample_stride apart, `count` consecutive floats each; element j goes to the line dst + table[j]
   void (*pack)(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count);
   void (*unpack)(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count);
+  void (*moments)(const float* y, int64_t pixels, float* acc, bool first);
+  void (*norm_act)(const NormPlane&);   // out = act(y * scale + shift + g)
+  void (*norm_sums)(const NormPlane&);  // sums, and out = g behind the ReLU if out is given
+  void (*norm_grad)(const NormPlane&);  // out = gradient of y
+  void (*plane_sum)(const float* x, int64_t row, int64_t rows, int64_t cols, float* out);
 };
 
 const TileKernels& tile_kernels();

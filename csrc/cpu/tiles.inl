@@ -41,7 +41,8 @@ static void rows_block(const RowsArgs& a, int row, int col) {
         float* out = y + o * a.y_plane + sub * PST_VL;
         const float* in = x + sub * PST_VL;
         V acc[R * Q];
-        if (b == 0) {
+        const float* begin_at = b ? out : a.start ? a.start + (out - a.y) : nullptr;
+        if (!begin_at) {
           const V start = splat(a.bias ? a.bias[o] : 0.f);
 #pragma GCC unroll 32
           for (int i = 0; i < R * Q; ++i) acc[i] = start;
@@ -49,7 +50,7 @@ static void rows_block(const RowsArgs& a, int row, int col) {
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) acc[r * Q + q] = load(out + r * y_row + q * y_pix);
+            for (int q = 0; q < Q; ++q) acc[r * Q + q] = load(begin_at + r * y_row + q * y_pix);
         }
         for (int32_t k = k0; k < k1; ++k) {
           const float* p = in_register(in + off[k]);
@@ -244,5 +245,3 @@ static void unpack(const float* src, const int32_t* table, float* dst, int64_t s
     }
   }
 }
-
-static const TileKernels kKernels = {kMaxRows, kMaxCols, rows, weight_grad, reduce, pack, unpack};

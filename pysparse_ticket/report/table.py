@@ -42,7 +42,7 @@ def rich_table(arms: Sequence[Mapping], title: str) -> Table:
     header, rows = cells(arms)
     table = Table(title=title)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

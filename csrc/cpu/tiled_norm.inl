@@ -1,0 +1,159 @@
+// Included by tiles.cpp after tiles.inl: batch norm, ReLU and residual add on one plane of one channel, 16 samples a pixel.
+
+static inline __attribute__((always_inline)) V max0(V v) {
+  return v > 0.f ? v : V{};
+}
+
+// Sums around the first pixel, so that a mean far from zero costs no digits: acc is [3][16]: origin, sum, sum of squares
+static void moments(const float* y, int64_t pixels, float* acc, bool first) {
+  for (int sub = 0; sub < kSub; ++sub) {
+    const float* p = y + sub * PST_VL;
+    float* to = acc + sub * PST_VL;
+    const V origin = first ? load(p) : load(to);
+    V sum[4] = {}, square[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= pixels; i += 4)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const V d = load(p + (i + j) * kLanes) - origin;
+        sum[j] += d;
+        square[j] += d * d;
+      }
+    for (; i < pixels; ++i) {
+      const V d = load(p + i * kLanes) - origin;
+      sum[0] += d;
+      square[0] += d * d;
+    }
+    V s = (sum[0] + sum[1]) + (sum[2] + sum[3]), q = (square[0] + square[1]) + (square[2] + square[3]);
+    if (!first) {
+      s += load(to + kLanes);
+      q += load(to + 2 * kLanes);
+    }
+    store(to, origin);
+    store(to + kLanes, s);
+    store(to + 2 * kLanes, q);
+  }
+}
+
+template <bool Residual, bool Relu>
+static void norm_act_plane(const NormPlane& args) {
+  const NormPlane a = args;  // a copy, since a store may alias what the reference points at
+  for (int sub = 0; sub < kSub; ++sub) {
+    const int s = sub * PST_VL;
+    const V scale = splat(a.scale), shift = splat(a.shift);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* g = Residual ? a.g + r * a.g_row + s : nullptr;
+      float* z = a.out + r * a.out_row + s;
+      for (int64_t i = 1; i <= a.out_halo; ++i) {
+        store(z - i * kLanes, V{});
+        store(z + (a.cols + i - 1) * kLanes, V{});
+      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < a.cols * kLanes; i += kLanes) {
+        V v = load(y + i) * scale + shift;
+        if (Residual) v += load(g + i);
+        store(z + i, Relu ? max0(v) : v);
+      }
+    }
+  }
+}
+
+static void norm_act(const NormPlane& a) {
+  if (a.g)
+    a.relu ? norm_act_plane<true, true>(a) : norm_act_plane<true, false>(a);
+  else
+    a.relu ? norm_act_plane<false, true>(a) : norm_act_plane<false, false>(a);
+}
+
+enum Gate { kOpen, kByOutput, kByInput };
+
+// the output gradient where the ReLU let the value through
+template <int G>
+static inline __attribute__((always_inline)) V gated(const float* g, const float* z, V y, V scale, V shift) {
+  const V v = load(g);
+  if (G == kByOutput) return load(z) > 0.f ? v : V{};
+  if (G == kByInput) return y * scale + shift > 0.f ? v : V{};
+  return v;
+}
+
+template <int G, bool Write>
+static void norm_sums_plane(const NormPlane& args) {
+  const NormPlane a = args;  // a copy, since a store may alias what the reference points at
+  for (int sub = 0; sub < kSub; ++sub) {
+    const int s = sub * PST_VL;
+    const V scale = splat(a.scale), shift = splat(a.shift), mean = splat(a.mean);
+    V sum[2] = {}, product[2] = {};
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* g = a.g + r * a.g_row + s;
+      const float* z = G == kByOutput ? a.z + r * a.g_row + s : nullptr;
+      float* out = Write ? a.out + r * a.out_row + s : nullptr;
+      if (Write)
+        for (int64_t i = 1; i <= a.out_halo; ++i) {
+          store(out - i * kLanes, V{});
+          store(out + (a.cols + i - 1) * kLanes, V{});
+        }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < a.cols; ++i) {
+        const V yv = load(y + i * kLanes), v = gated<G>(g + i * kLanes, z + i * kLanes, yv, scale, shift);
+        if (Write) store(out + i * kLanes, v);
+        sum[i % 2] += v;
+        product[i % 2] += v * (yv - mean);
+      }
+    }
+    store(a.sums + s, sum[0] + sum[1]);
+    store(a.sums + kLanes + s, product[0] + product[1]);
+  }
+}
+
+static void norm_sums(const NormPlane& a) {
+  if (!a.relu)
+    a.out ? norm_sums_plane<kOpen, true>(a) : norm_sums_plane<kOpen, false>(a);
+  else if (a.z)
+    a.out ? norm_sums_plane<kByOutput, true>(a) : norm_sums_plane<kByOutput, false>(a);
+  else
+    a.out ? norm_sums_plane<kByInput, true>(a) : norm_sums_plane<kByInput, false>(a);
+}
+
+template <int G>
+static void norm_grad_plane(const NormPlane& args) {
+  const NormPlane a = args;  // a copy, since a store may alias what the reference points at
+  for (int sub = 0; sub < kSub; ++sub) {
+    const int s = sub * PST_VL;
+    const V scale = splat(a.scale), shift = splat(a.shift), mean = splat(a.mean);
+    const V constant = splat(a.constant), slope = splat(a.slope);
+    V live;
+    for (int l = 0; l < PST_VL; ++l) live[l] = s + l < a.lanes ? 1.f : 0.f;
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* g = a.g + r * a.g_row + s;
+      const float* z = G == kByOutput ? a.z + r * a.g_row + s : nullptr;
+      float* out = a.out + r * a.out_row + s;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < a.cols * kLanes; i += kLanes) {
+        const V yv = load(y + i), v = gated<G>(g + i, z + i, yv, scale, shift);
+        store(out + i, (v * scale + constant + (yv - mean) * slope) * live);
+      }
+    }
+  }
+}
+
+static void norm_grad(const NormPlane& a) {
+  if (!a.relu)
+    norm_grad_plane<kOpen>(a);
+  else if (a.z)
+    norm_grad_plane<kByOutput>(a);
+  else
+    norm_grad_plane<kByInput>(a);
+}
+
+static void plane_sum(const float* x, int64_t row, int64_t rows, int64_t cols, float* out) {
+  for (int sub = 0; sub < kSub; ++sub) {
+    V sum[2] = {};
+    for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < cols; ++i) sum[i % 2] += load(x + r * row + i * kLanes + sub * PST_VL);
+    store(out + sub * PST_VL, sum[0] + sum[1]);
+  }
+}

@@ -1,0 +1,251 @@
+"""Chains of sparse convolutions on batch tiles: convolution, batch norm, residual add and ReLU in one op.
+
+A tiled tensor holds ``[N, C, H, W]`` as ``[ceil(N / 16), C, H + 2 * halo, W + 2 * halo, 16]``: 16 samples innermost, and
+zeros around each image so that a padded convolution reads them without a copy. ``halo`` is one number for a whole chain,
+at least the largest padding in it. The lanes of the last tile behind sample N hold finite values that nothing reads.
+
+A chain is ``tile_pack``, then ``tiled_conv2d`` per layer, then ``tiled_mean`` (global average pool) or ``tile_unpack``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .library import CPU_ERROR, NAMESPACE
+from .masked_conv2d import Pair, output_size
+from .pattern import Pattern
+
+LANES = 16
+_ops = torch.ops.pysparse_ticket
+
+
+def _tiles(n: int) -> int:
+    return (n + LANES - 1) // LANES
+
+
+def _check_cpu(x: Tensor) -> None:
+    if CPU_ERROR:
+        raise RuntimeError(f"no cpu backend: {CPU_ERROR}")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"batch tiles are float32 on the CPU, not {x.dtype} on {x.device}")
+
+
+def tile_pack(x: Tensor, halo: int = 1) -> Tensor:
+    """``[N, C, H, W]`` of any strides to tiles; differentiable."""
+    _check_cpu(x)
+    return _ops.tile_pack(x, halo)
+
+
+def tile_unpack(tiles: Tensor, n: int, halo: int = 1, channels_last: bool = False) -> Tensor:
+    """Tiles of n samples to ``[n, C, H, W]``, contiguous or channels_last; differentiable."""
+    _check_cpu(tiles)
+    return _ops.tile_unpack(tiles.contiguous(), n, halo, channels_last)
+
+
+def tiled_mean(tiles: Tensor, n: int, halo: int = 1) -> Tensor:
+    """Global average pool: tiles of n samples to ``[n, C]``; differentiable."""
+    _check_cpu(tiles)
+    return _ops.tiled_mean(tiles.contiguous(), n, halo)
+
+
+class _TiledConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, values, weight, bias, mean, var, residual, row_ptr, col, t_row_ptr, t_col, t_perm, n, halo, geometry,
+        eps, relu,
+    ):  # fmt: skip
+        z, y, stats = _ops.tiled_conv2d(
+            x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, *geometry, eps, relu
+        )
+        ctx.rest = (n, halo, *geometry, mean is None, relu)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        # after a residual the ReLU's sign is read from z; without one it is recomputed from y, which is read anyway
+        gate = z if relu and residual is not None else None
+        ctx.save_for_backward(x, y, gate, stats, values, row_ptr, col, t_row_ptr, t_col, t_perm, weight, bias)
+        return z, x, stats
+
+    @staticmethod
+    def backward(ctx, grad, again, _stats):
+        if grad is None:
+            return again, *(None,) * 16
+        need_x, need_values, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:7]
+        grad = grad.contiguous()
+        if again is not None:
+            again = again.contiguous()
+        dx, dvalues, dnorm, dres = _ops.tiled_conv2d_backward(
+            grad, again, *ctx.saved_tensors, *ctx.rest, need_x, need_values, need_residual
+        )
+        return (
+            dx if need_x else None,
+            dvalues if need_values else None,
+            dnorm[0] if need_weight else None,
+            dnorm[1] if need_bias else None,
+            None,
+            None,
+            dres if need_residual else None,
+            *(None,) * 10,
+        )
+
+
+def tiled_conv2d(
+    x: Tensor,
+    n: int,
+    halo: int,
+    values: Tensor,
+    pattern: Pattern,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    *,
+    bias: Tensor | None = None,
+    norm: nn.BatchNorm2d | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``act(norm(conv(x)) + residual)`` on tiles of n samples, and x again.
+
+    x         tiles ``[T, C, H + 2 * halo, W + 2 * halo, 16]``
+    values, pattern, bias, stride, padding, dilation   as in ``masked_conv2d``
+    norm      a BatchNorm2d; in training its running statistics are updated as its own forward would
+    residual  tiles of the output's shape
+    relu      ends with a ReLU
+
+    The second output is x itself. Whoever else reads x (the residual of the block, a second branch) should read this one:
+    its gradient is then added inside the input gradient's kernel instead of in a pass over memory of its own.
+    Raises ValueError on shapes that do not fit and on a halo that is too small.
+    """
+    _check_cpu(x)
+    channels, kernel_size = pattern.shape[1], pattern.shape[2:]
+    if x.dim() != 5 or x.shape[0] != _tiles(n) or x.shape[1] != channels or x.shape[4] != LANES:
+        raise ValueError(f"tiled_conv2d needs tiles [{_tiles(n)}, {channels}, Hp, Wp, 16], not {tuple(x.shape)}")
+    size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
+    out = output_size(size, kernel_size, stride, padding, dilation)
+    if max(padding) > halo:
+        raise ValueError(f"a padding of {padding} needs a halo of {max(padding)}, not {halo}")
+    if min(out) < 1:
+        raise ValueError(f"an image of {size[0]}x{size[1]} is smaller than the kernel; use more padding")
+    outputs = pattern.shape[0]
+    if residual is not None:
+        shape = (x.shape[0], outputs, out[0] + 2 * halo, out[1] + 2 * halo, LANES)
+        if residual.shape != shape:
+            raise ValueError(f"the residual has shape {tuple(residual.shape)}, the output {shape}")
+        residual = residual.contiguous()
+    x = x.contiguous()
+
+    def run(weight, shift, mean, var, eps):
+        return _TiledConv2d.apply(
+            x, values, weight, shift, mean, var, residual, *pattern.tensors, n, halo,
+            (kernel_size, stride, padding, dilation), eps, relu,
+        )  # fmt: skip
+
+    if norm is None:
+        z, again, _ = run(None, bias, values.new_zeros(outputs), values.new_ones(outputs), 0.0)
+        return z, again
+    if norm.training or norm.running_mean is None:
+        # a constant before batch statistics changes nothing but the running mean
+        z, again, stats = run(norm.weight, norm.bias, None, None, norm.eps)
+        if norm.training and norm.running_mean is not None:
+            _update_running(norm, stats, bias, n * out[0] * out[1])
+        if bias is not None and bias.requires_grad:
+            z = z + 0.0 * bias.sum()
+        return z, again
+    mean = norm.running_mean
+    if bias is None:
+        z, again, _ = run(norm.weight, norm.bias, mean, norm.running_var, norm.eps)
+        return z, again
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
+    z, again, _ = run(norm.weight, shift, mean, norm.running_var, norm.eps)
+    return z, again
+
+
+@torch.no_grad()
+def _update_running(norm: nn.BatchNorm2d, stats: Tensor, bias: Tensor | None, count: int) -> None:
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean = stats[0] if bias is None else stats[0] + bias
+    norm.running_mean.lerp_(mean, momentum)
+    # the running variance is the unbiased one
+    norm.running_var.mul_(1 - momentum).add_(stats[2], alpha=momentum * count / max(count - 1, 1))
+
+
+def _register() -> None:
+    def fake(name):
+        return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+    @fake("tile_pack")
+    def _(x, halo):
+        n, c, h, w = x.shape
+        return x.new_empty((_tiles(n), c, h + 2 * halo, w + 2 * halo, LANES))
+
+    @fake("tile_unpack")
+    def _(tiles, n, halo, channels_last):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        size = (n, tiles.shape[1], tiles.shape[2] - 2 * halo, tiles.shape[3] - 2 * halo)
+        return torch.empty(size, dtype=tiles.dtype, device=tiles.device, memory_format=memory_format)
+
+    @fake("tiled_mean")
+    def _(tiles, n, halo):
+        return tiles.new_empty((n, tiles.shape[1]))
+
+    @fake("tiled_mean_backward")
+    def _(grad, h, w, halo):
+        n, c = grad.shape
+        return grad.new_empty((_tiles(n), c, h + 2 * halo, w + 2 * halo, LANES))
+
+    @fake("tiled_conv2d")
+    def _(
+        x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, kernel_size, stride, padding, dilation,
+        eps, relu,
+    ):  # fmt: skip
+        size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
+        oh, ow = output_size(size, kernel_size, stride, padding, dilation)
+        outputs = row_ptr.shape[0] - 1
+        return (
+            x.new_empty((x.shape[0], outputs, oh + 2 * halo, ow + 2 * halo, LANES)),
+            x.new_empty((x.shape[0], outputs, oh, ow, LANES)),
+            x.new_empty((3, outputs)),
+        )
+
+    @fake("tiled_conv2d_backward")
+    def _(
+        grad, pass_grad, x, y, z, stats, values, row_ptr, col, t_row_ptr, t_col, t_perm, weight, bias, n, halo,
+        kernel_size, stride, padding, dilation, batch_stats, relu, need_x, need_values, need_residual,
+    ):  # fmt: skip
+        return (
+            x.new_empty(x.shape if need_x else (0,)),
+            x.new_empty((values.shape[0] if need_values else 0,)),
+            x.new_empty((2, row_ptr.shape[0] - 1)),
+            x.new_empty(grad.shape if need_residual else (0,)),
+        )
+
+    def autograd(name, setup, backward):
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+    def keep_halo(ctx, inputs, output):
+        ctx.halo = inputs[1] if len(inputs) == 2 else inputs[2]
+        ctx.size = inputs[0].shape
+        ctx.channels_last = inputs[0].dim() == 4 and not inputs[0].is_contiguous()
+
+    autograd(
+        "tile_pack",
+        keep_halo,
+        lambda ctx, grad: (_ops.tile_unpack(grad.contiguous(), ctx.size[0], ctx.halo, ctx.channels_last), None),
+    )
+    autograd("tile_unpack", keep_halo, lambda ctx, grad: (_ops.tile_pack(grad, ctx.halo), None, None, None))
+
+    def mean_backward(ctx, grad):
+        h, w = (size - 2 * ctx.halo for size in ctx.size[2:4])
+        return _ops.tiled_mean_backward(grad, h, w, ctx.halo), None, None
+
+    autograd("tiled_mean", keep_halo, mean_backward)
+
+
+if not CPU_ERROR:
+    _register()
