@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
 
-# no -march=native: a wheel must run on another machine, so each ISA is a function attribute chosen at run time (csrc/cpu/isa.h)
+# no -march=native: a wheel must run on another machine, so each ISA is a function attribute (csrc/cpu/isa.h)
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
 DEFINES = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 

@@ -1,9 +1,9 @@
 """Lottery tickets that train faster than the dense network.
 
-    ticket = pst.at_init(model, batches, score="grasp", granularity="layer", remove=5)
-    model = pst.sparsify(model, ticket, sample=batch)
-    ...your own training loop...
-    pst.densify(model)
+ticket = pst.at_init(model, batches, score="grasp", granularity="layer", remove=5)
+model = pst.sparsify(model, ticket, sample=batch)
+...your own training loop...
+pst.densify(model)
 """
 
 from . import measure, nn

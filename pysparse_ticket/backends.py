@@ -62,4 +62,6 @@ def summary() -> list[tuple[str, str]]:
         (name, f"available, runs {cpu_isa()}" if name == "cpu" and not reason else reason or "available")
         for name, reason in backends().items()
     ]
-    return [(f"backend {name}", text if text.startswith("available") else f"not available: {text}") for name, text in rows]
+    return [
+        (f"backend {name}", text if text.startswith("available") else f"not available: {text}") for name, text in rows
+    ]

@@ -152,7 +152,9 @@ def find(
     from .train import TrainConfig
 
     with _one_sentence():
-        settings = Settings(data=data, model=model, size=size, root=root, train=TrainConfig(epochs=1, batch_size=batch_size))
+        settings = Settings(
+            data=data, model=model, size=size, root=root, train=TrainConfig(epochs=1, batch_size=batch_size)
+        )
         images = load(data, root=root, **({"size": size} if data == "digits" else {}))
         ticket = at_init(
             build(settings, images, seed),

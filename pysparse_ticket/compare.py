@@ -1,4 +1,4 @@
-"""The main job: find tickets, train each beside the dense network, and put accuracy, seconds and joules in one table."""
+"""The main job: find tickets, train each beside the dense network, and put accuracy, time and joules in one table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Settings:
     size: int | None = 16
     root: str | None = None
     download: bool = False
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=8, lr=0.1, warmup_epochs=1, milestones=(5, 7)))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=8, lr=0.1, warmup_epochs=1, milestones=(5, 7))
+    )
     seeds: int = 3
     remove: int = 5
     sparsity: float = 0.9
@@ -88,7 +90,9 @@ def filters_removed(model: nn.Module, ticket: Ticket) -> int:
     return sum(m.out_channels for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d))
 
 
-def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> list[dict]:
+def compare(
+    settings: Settings, folder: Path, on_progress: Callable[[str, int, int], None] = lambda *_: None
+) -> list[dict]:
     """Run every arm at every seed, interleaved; write summary.json, run.json, table.md, plot.png and the tickets.
 
     ``on_progress(arm and seed, steps done, steps in all)`` is called after each optimizer step. Each training run
@@ -109,8 +113,8 @@ def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, i
     for seed in range(settings.seeds):
         for name in order[seed % len(order) :] + order[: seed % len(order)]:  # no arm always runs first
 
-            def tick(progress: Progress, name=name, done=done) -> None:
-                on_progress(f"{name}, seed {seed}", done + progress.step, total)
+            def tick(progress: Progress, what=f"{name}, seed {seed}", done=done) -> None:
+                on_progress(what, done + progress.step, total)
 
             run = one_run(settings, data, name, searches[name], seed, folder, dense_format, tick)
             results[name].append(run)
@@ -124,7 +128,8 @@ def compare(settings: Settings, folder: Path, on_progress: Callable[[str, int, i
     dense_note = ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in dense_times.items())
     text = (
         f"{markdown_table(header, rows)}\n{settings.model} on {settings.data}, {settings.seeds} paired seeds, "
-        f"{settings.train.epochs} epochs; the filter arm keeps as many filters as layers grasp. {machine_line(facts)}. Dense step: {dense_note}; {dense_format} is used. "
+        f"{settings.train.epochs} epochs; the filter arm keeps as many filters as layers grasp. {machine_line(facts)}. "
+        f"Dense step: {dense_note}; {dense_format} is used. "
         f"Energy: {'; '.join(energy)}.\n"
     )
     write_whole(folder / "table.md", text.encode())
@@ -212,7 +217,6 @@ def peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -
         F.cross_entropy(twin(x), y).backward()
         optimizer.step()
 
-    one_step()  # so that the optimizer's state is there
     return peak_bytes(one_step, twin, optimizer, config.device)
 
 

@@ -52,7 +52,18 @@ class Plan:
         return [asdict(layer) | {"speedup": layer.speedup} for layer in self.layers]
 
     def __str__(self) -> str:
-        header = ("layer", "op", "input", "sparsity", "format", "dense us", "chosen us", "speed-up", "break-even", "why")
+        header = (
+            "layer",
+            "op",
+            "input",
+            "sparsity",
+            "format",
+            "dense us",
+            "chosen us",
+            "speed-up",
+            "break-even",
+            "why",
+        )
         body = [
             (
                 p.layer,
@@ -69,7 +80,9 @@ class Plan:
             for p in self.layers
         ]
         widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *body]
+        ]
         if self.step_ratio is not None:
             lines.append(f"whole training step: {self.step_ratio:.2f} of the dense step's time")
         return "\n".join(lines + self.notes)
@@ -157,7 +170,7 @@ def race(candidates: Mapping[str, nn.Module], site: Site, device: torch.device, 
 
 
 class PlanCache:
-    """Outcomes of races by machine, versions and shape, in one JSON file (``PYSPARSE_TICKET_CACHE`` names its folder)."""
+    """Outcomes of races by machine, versions and shape: a JSON file in the folder ``PYSPARSE_TICKET_CACHE``."""
 
     def __init__(self) -> None:
         folder = os.environ.get("PYSPARSE_TICKET_CACHE") or Path.home() / ".cache" / "pysparse_ticket"

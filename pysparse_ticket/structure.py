@@ -125,7 +125,18 @@ _CHANNELWISE = (
     nn.MaxPool2d,
     nn.AvgPool2d,
 )
-_CHANNELWISE_CALLS = {torch.relu, F.relu, F.relu6, F.gelu, F.silu, F.leaky_relu, F.elu, torch.tanh, F.max_pool2d, F.avg_pool2d}
+_CHANNELWISE_CALLS = {
+    torch.relu,
+    F.relu,
+    F.relu6,
+    F.gelu,
+    F.silu,
+    F.leaky_relu,
+    F.elu,
+    torch.tanh,
+    F.max_pool2d,
+    F.avg_pool2d,
+}
 
 
 def filter_chains(model: nn.Module) -> list[FilterChain]:
@@ -133,7 +144,9 @@ def filter_chains(model: nn.Module) -> list[FilterChain]:
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception as error:  # tracing runs the user's code and may raise anything
-        raise ValueError(f"{type(model).__name__} cannot be traced, so its filters cannot be pruned: {error}") from error
+        raise ValueError(
+            f"{type(model).__name__} cannot be traced, so its filters cannot be pruned: {error}"
+        ) from error
     modules = dict(model.named_modules())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
 
@@ -156,7 +169,11 @@ def filter_chains(model: nn.Module) -> list[FilterChain]:
             if plain_conv(node):
                 chains.append(FilterChain(start.target, tuple(norms), node.target))
                 break
-            if node.op == "call_module" and type(modules[node.target]) is nn.BatchNorm2d and calls.count(node.target) == 1:
+            if (
+                node.op == "call_module"
+                and type(modules[node.target]) is nn.BatchNorm2d
+                and calls.count(node.target) == 1
+            ):
                 norms.append(node.target)
             elif not (
                 (node.op == "call_module" and isinstance(modules[node.target], _CHANNELWISE))

@@ -21,13 +21,29 @@ def test_info_names_every_backend_with_a_reason():
 
 
 def test_find_writes_a_ticket_that_loads(tmp_path):
-    out = run("find", tmp_path / "t.safetensors", "--model", "resnet20", "--size", 8, "--remove", 2, "--score", "snip").output
+    out = run(
+        "find", tmp_path / "t.safetensors", "--model", "resnet20", "--size", 8, "--remove", 2, "--score", "snip"
+    ).output
     ticket = pst.Ticket.load(tmp_path / "t.safetensors")
     assert len(ticket.removed_blocks) == 2 and all(name in out for name in ticket.removed_blocks)
 
 
 def test_compare_writes_everything(tmp_path):
-    words = ("compare", "--model", "resnet20", "--size", 8, "--epochs", 1, "--seeds", 1, "--remove", 2, "--batch-size", 512)
+    words = (
+        "compare",
+        "--model",
+        "resnet20",
+        "--size",
+        8,
+        "--epochs",
+        1,
+        "--seeds",
+        1,
+        "--remove",
+        2,
+        "--batch-size",
+        512,
+    )
     out = run(*words, "--runs", tmp_path, "--name", "r", "--country", "BRA").output
     arms = json.loads((tmp_path / "r" / "summary.json").read_text())
     names = ["dense", "layers grasp -2", "layers snip -2", "layers random -2", "filters grasp", "weights 90%"]

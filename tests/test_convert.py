@@ -117,11 +117,20 @@ def test_optimizer_state_is_carried_over_and_back(case, kind):
         "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
         "adam": lambda p: torch.optim.Adam(p, 0.01),
     }[kind]
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
     x, y = batch()
     # no bias before a batch norm: its gradient is rounding noise, which Adam would scale to full steps
     if case == "layer":
-        model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(4)))
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(4))
+        )
         model = nn.Sequential(model, nn.Flatten(), nn.Linear(192, 10))
     options = CASES[case] | ({"remove": 2} if "remove" in CASES[case] else {})
     ticket = ticket_of(model, **options)
@@ -172,7 +181,11 @@ def test_optimizer_state_is_carried_over_and_back(case, kind):
 
 
 def _like(optimizer, parameter):
-    return [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.shape == parameter.shape]
+    return [
+        v
+        for v in optimizer.state.get(parameter, {}).values()
+        if isinstance(v, torch.Tensor) and v.shape == parameter.shape
+    ]
 
 
 def _survivors(name, tensor, ticket, case):
@@ -251,8 +264,11 @@ def test_bad_input_leaves_the_model_unchanged():
     with pytest.raises(ValueError, match="the plan names nowhere"):
         pst.sparsify(model, ticket, plan={"nowhere": "dense"})
     ticket.filters = {"stem": torch.zeros(16, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="the filters of stem do not feed one other convolution alone|both a mask and filters"):
+    with pytest.raises(ValueError, match="both a mask and filters"):
         pst.sparsify(model, ticket)
+    stem = pst.Ticket(filters=ticket.filters)
+    with pytest.raises(ValueError, match="the filters of stem do not feed one other convolution alone"):
+        pst.sparsify(model, stem)
     norm = pst.Ticket(masks={"stem_norm.weight": torch.zeros(16, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"stem_norm\.weight of a BatchNorm2d cannot be sparse"):
         pst.sparsify(model, norm)

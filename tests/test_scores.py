@@ -56,7 +56,9 @@ def test_batches_are_averaged():
 
 
 def test_grasp_of_a_loss_without_curvature_is_zero():
-    assert grasp(Diagonal(), BATCH, loss=lambda out, _: out.sum(), temperature=1.0)["fc.weight"].tolist() == [[0.0, 0.0]]
+    assert grasp(Diagonal(), BATCH, loss=lambda out, _: out.sum(), temperature=1.0)["fc.weight"].tolist() == [
+        [0.0, 0.0]
+    ]
 
 
 def test_grasp_against_a_numerical_hessian():

@@ -87,7 +87,11 @@ def test_n_of_m_keeps_n_in_every_group():
 
 
 def test_granularities_parse_or_are_refused():
-    assert parse("2:4") == ("n:m", (2, 4)) and parse("block:16x8") == ("block", (16, 8)) and parse("layer") == ("layer", None)
+    assert (
+        parse("2:4") == ("n:m", (2, 4))
+        and parse("block:16x8") == ("block", (16, 8))
+        and parse("layer") == ("layer", None)
+    )
     for bad in ("5:4", "0:4", "block:0x8", "tile"):
         with pytest.raises(ValueError, match="unknown granularity"):
             parse(bad)

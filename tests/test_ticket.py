@@ -31,7 +31,9 @@ def test_saved_ticket_loads_with_every_field(tmp_path):
     ticket = ticket_of(model)
     ticket.save(tmp_path / "t.safetensors")
     back = pst.Ticket.load(tmp_path / "t.safetensors", model)
-    assert all(torch.equal(back.masks[n], m) for n, m in ticket.masks.items()) and back.masks.keys() == ticket.masks.keys()
+    assert (
+        all(torch.equal(back.masks[n], m) for n, m in ticket.masks.items()) and back.masks.keys() == ticket.masks.keys()
+    )
     assert torch.equal(back.filters["2"], ticket.filters["2"])
     assert all(torch.equal(back.rewind[n], t) for n, t in model.state_dict().items())
     assert (back.layers, back.architecture, back.provenance) == (ticket.layers, ticket.architecture, ticket.provenance)
@@ -64,7 +66,9 @@ def test_sparsity_counts_masks_blocks_and_filters():
 
 def test_ticket_for_another_architecture_names_the_first_difference(tmp_path):
     ticket_of(net()).save(tmp_path / "t.safetensors")
-    with pytest.raises(pst.TicketError, match=r"parameter 0 is 0\.weight \[5, 7\] in the ticket and 0\.weight \[6, 7\]"):
+    with pytest.raises(
+        pst.TicketError, match=r"parameter 0 is 0\.weight \[5, 7\] in the ticket and 0\.weight \[6, 7\]"
+    ):
         pst.Ticket.load(tmp_path / "t.safetensors", net(6))
     with pytest.raises(pst.TicketError, match=r"parameter 2 is 2\.weight \[3, 5\] in the ticket and nothing more"):
         pst.Ticket.load(tmp_path / "t.safetensors", nn.Sequential(nn.Linear(7, 5)))

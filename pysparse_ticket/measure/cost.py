@@ -43,8 +43,12 @@ def macs(model: nn.Module, sample: torch.Tensor) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters, those of tied ones once; a packed layer's are its surviving weights alone."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Numbers in the parameters, those of tied ones once; of a masked layer, packed or not, the surviving weights alone.
+
+    A module that holds zeros in place of pruned weights says how many in ``pruned_zeros``.
+    """
+    held = sum(parameter.numel() for parameter in model.parameters())
+    return held - sum(getattr(module, "pruned_zeros", 0) for module in model.modules())
 
 
 def peak_bytes(

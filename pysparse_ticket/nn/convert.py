@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sites, race, race_steps
 from ..structure import FilterChain, filter_chains
-from ..ticket import Ticket, TicketError
+from ..ticket import Ticket
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
@@ -48,7 +48,7 @@ def sparsify(
     x = sample[0] if isinstance(sample, tuple | list) else sample
     owners = _mask_owners(model, ticket)
     chains = _chains(model, ticket)
-    forced = {name: plan for name in owners} if isinstance(plan, str) else dict(plan)
+    forced = dict.fromkeys(owners, plan) if isinstance(plan, str) else dict(plan)
     for name, fmt in forced.items():
         if name not in owners:
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
@@ -103,7 +103,9 @@ def _mask_owners(model: nn.Module, ticket: Ticket) -> dict[str, Tensor]:
         name, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(name)
         if leaf != "weight" or type(module) not in MASKED:
-            raise ValueError(f"{parameter} of a {type(module).__name__} cannot be sparse; only Linear and Conv2d weights can")
+            raise ValueError(
+                f"{parameter} of a {type(module).__name__} cannot be sparse; only Linear and Conv2d weights can"
+            )
         if any(name == b or name.startswith(f"{b}.") for b in ticket.removed_blocks) or mask.all():
             continue
         if name in ticket.filters:
@@ -119,7 +121,9 @@ def _chains(model: nn.Module, ticket: Ticket) -> dict[str, FilterChain]:
     chains = {chain.producer: chain for chain in filter_chains(model)}
     for name in wanted:
         if name not in chains:
-            raise ValueError(f"the filters of {name} do not feed one other convolution alone, so they cannot be removed")
+            raise ValueError(
+                f"the filters of {name} do not feed one other convolution alone, so they cannot be removed"
+            )
     return {name: chains[name] for name in wanted}
 
 

@@ -48,7 +48,9 @@ class _DenseState(nn.Module):
             if key not in own:
                 continue
             if tuple(own[key].shape) != shape:
-                errors.append(f"size mismatch for {key}: {tuple(own[key].shape)} in the checkpoint, {shape} in the model")
+                errors.append(
+                    f"size mismatch for {key}: {tuple(own[key].shape)} in the checkpoint, {shape} in the model"
+                )
                 return
             own[key] = self.compact_like(name, own[key])
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class LayerSkip(nn.Module):
-    """Returns its input: equivalent to ``nn.Identity()``, with no parameter, buffer or computation of the removed block.
+    """Returns its input: equivalent to ``nn.Identity()``, with nothing stored or computed of the removed block.
 
     It keeps the block's place in its container, so the names of the surviving parameters stay the dense network's.
     Further arguments that the block took (an attention mask, say) are accepted and ignored.

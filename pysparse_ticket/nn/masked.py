@@ -69,6 +69,11 @@ class MaskedModule(nn.Module):
         return 1 - self.nnz / total if total else 0.0
 
     @property
+    def pruned_zeros(self) -> int:
+        """How many zeros the weight's Parameter holds in place of pruned weights."""
+        return self.weight_parameter.numel() - self.nnz
+
+    @property
     def weight_parameter(self) -> nn.Parameter:
         """``values`` or ``weight``, whichever the format has."""
         return self.values if self.format == "packed" else self.weight

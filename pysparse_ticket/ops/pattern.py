@@ -34,7 +34,9 @@ class Pattern:
     def from_mask(cls, mask: Tensor) -> Pattern:
         """mask: bool ``[O, C, *k]``, True where the weight survives."""
         if mask.dtype != torch.bool or mask.dim() < 2:
-            raise ValueError(f"a mask is a bool tensor of 2 or more dimensions, not {mask.dtype} of shape {tuple(mask.shape)}")
+            raise ValueError(
+                f"a mask is a bool tensor of 2 or more dimensions, not {mask.dtype} of shape {tuple(mask.shape)}"
+            )
         rows, channels = mask.shape[:2]
         taps = mask[0, 0].numel() if mask.numel() else 1
         o, c, tap = mask.reshape(rows, channels, taps).nonzero(as_tuple=True)

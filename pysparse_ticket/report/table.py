@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 NOT_MEASURED = "not measured"
@@ -40,14 +41,17 @@ def cells(arms: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
 
 def rich_table(arms: Sequence[Mapping], title: str) -> Table:
     header, rows = cells(arms)
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE, padding=(0, 1), pad_edge=False)  # nine columns in 80 characters
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"]
+    lines = [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|",
+    ]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"

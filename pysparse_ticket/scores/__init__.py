@@ -1,4 +1,4 @@
-"""What a weight is worth. A score maps a model (and data) to ``{parameter name: float64 tensor}``, lowest goes first."""
+"""What a weight is worth: a model (and data) to ``{parameter name: float64 tensor}``, where the lowest goes first."""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ def at_init(
         if remove < 0:
             raise ValueError(f"remove must be 0 or more, not {remove}")
     elif remove is not None or (sparsity is None) != (kind == "n:m"):
-        raise ValueError(f"granularity {granularity!r} takes {'neither' if kind == 'n:m' else 'sparsity='}, not remove=")
+        raise ValueError(
+            f"granularity {granularity!r} takes {'neither' if kind == 'n:m' else 'sparsity='}, not remove="
+        )
 
     if batches is not None and not isinstance(batches, tuple | list):
         batches = list(batches)
@@ -81,7 +83,9 @@ def at_init(
     elif kind == "n:m":
         masks = {name: keep_n_of_m(s, *numbers) for name, s in scores.items()}
     else:
-        tiles = keep_top({n: pool_blocks(s, *numbers, aggregate) for n, s in scores.items()}, sparsity, scope, allow_empty)
+        tiles = keep_top(
+            {n: pool_blocks(s, *numbers, aggregate) for n, s in scores.items()}, sparsity, scope, allow_empty
+        )
         masks = {n: expand_blocks(tiles[n], s.shape, *numbers) for n, s in scores.items()}
 
     settings = {
