@@ -20,6 +20,7 @@ from .data import ImageData
 from .files import write_whole
 from .measure import Meter, interleave, macs, parameters, peak_bytes
 from .nn import sparsify
+from .nn.masked import FORMATS
 from .planner import plan, step
 from .report import cells, machine, machine_line, markdown_table, plot_arms
 from .search import at_init
@@ -104,7 +105,8 @@ def compare(
     data = data.to(settings.train.device)
     searches = arms(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    dense_format, dense_times = fastest_dense_format(settings, data)
+    dense_times = remembered(folder / "dense.json", lambda: dense_step_seconds(settings, data))
+    dense_format = min(dense_times, key=dense_times.__getitem__)
 
     results: dict[str, list[dict]] = {name: [] for name in searches}
     order = list(searches)
@@ -137,7 +139,14 @@ def compare(
     return summary
 
 
-def fastest_dense_format(settings: Settings, data: ImageData) -> tuple[str, dict[str, float]]:
+def remembered(path: Path, make: Callable[[], dict]) -> dict:
+    """What an interrupted comparison found out before: it has to go on with the same choices."""
+    if not path.exists():
+        write_whole(path, json.dumps(make(), indent=2).encode())
+    return json.loads(path.read_text())
+
+
+def dense_step_seconds(settings: Settings, data: ImageData) -> dict[str, float]:
     """Race one training step of the dense network in each memory format (and compiled, if asked for)."""
     x, _ = first_batch(settings, data)
     model = build(settings, data, seed=0).train()
@@ -148,8 +157,7 @@ def fastest_dense_format(settings: Settings, data: ImageData) -> tuple[str, dict
     }
     if settings.race_compile:
         candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
-    times = {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
-    return min(times, key=times.__getitem__), times
+    return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
 
 
 def build(settings: Settings, data: ImageData, seed: int) -> nn.Module:
@@ -168,43 +176,44 @@ def first_batch(settings: Settings, data: ImageData, seed: int = 0) -> tuple[Ten
 
 
 def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, dense_format: str, tick) -> dict:
-    """Find, sparsify and train one arm at one seed."""
+    """Find, sparsify and train one arm at one seed; files of an earlier, interrupted run are gone on from."""
     model, batch = build(settings, data, seed), first_batch(settings, data, seed)
-    began = time.perf_counter()
-    ticket = search(model, batch, seed)
     last = dense_format != "contiguous"
-    x = batch[0].contiguous(memory_format=torch.channels_last) if last else batch[0]
-    slug = name.replace(" ", "-").replace("%", "")
-    if ticket is not None:
-        ticket.save(folder / f"{slug}-seed{seed}.ticket.safetensors")
-        if last:
-            model = model.to(memory_format=torch.channels_last)
-        model = sparsify(model, ticket, sample=x)
-    found = time.perf_counter() - began
     config = replace(settings.train, seed=seed, channels_last=last)
-    cost = {
-        "macs": macs(copy.deepcopy(model), x[:1]),
-        "parameters": parameters(model),
-        "peak_bytes": peak_bytes_of(model, x, batch[1], config) if seed == 0 else None,
-        "plan": plan(model).rows() if ticket is not None else [],
-    }
-    runner = torch.compile(model) if dense_format == "compile" and not ticket_is_masked(ticket) else model
-    checkpoint = folder / f"{slug}-seed{seed}.checkpoint"
+    x = batch[0].contiguous(memory_format=torch.channels_last) if last else batch[0]
+    stem = f"{name.replace(' ', '-').replace('%', '')}-seed{seed}"
+    ticket_path, checkpoint = folder / f"{stem}.ticket.safetensors", folder / f"{stem}.checkpoint"
+
+    def prepare() -> dict:
+        began = time.perf_counter()
+        twin = copy.deepcopy(model)
+        if (ticket := search(twin, batch, seed)) is not None:
+            ticket.save(ticket_path)
+            twin = sparsify(twin.to(memory_format=torch.channels_last) if last else twin, ticket, sample=x)
+        return {
+            "find_seconds": time.perf_counter() - began,
+            "macs": macs(copy.deepcopy(twin), x[:1]),
+            "parameters": parameters(twin),
+            "peak_bytes": peak_bytes_of(twin, x, batch[1], config) if seed == 0 else None,
+            "plan": plan(twin).rows() if ticket is not None else [],
+        }
+
+    found = remembered(folder / f"{stem}.json", prepare)
+    masked = {row["layer"]: row["format"] for row in found["plan"] if row["format"] in FORMATS}
+    if name != "dense":
+        model = model.to(memory_format=torch.channels_last) if last else model
+        model = sparsify(model, Ticket.load(ticket_path, model), plan=masked)
+    runner = torch.compile(model) if dense_format == "compile" and not masked else model
     resumed = checkpoint.exists()  # its first part ran in another process, whose joules are gone
     with Meter(settings.train.device, country=settings.country, gco2_per_kwh=settings.gco2_per_kwh) as meter:
         history = train(runner, data, config, checkpoint=checkpoint, on_step=tick)
-    return cost | {
+    return found | {
         "accuracy": history.test_accuracy,
         "seconds": history.seconds,
-        "find_seconds": found,
         "joules": None if resumed else meter.joules,
         "gco2": None if resumed else meter.gco2,
         "energy_method": "not measured: the run was resumed" if resumed else meter.method,
     }
-
-
-def ticket_is_masked(ticket: Ticket | None) -> bool:
-    return ticket is not None and bool(ticket.masks)
 
 
 def peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> int:

@@ -43,7 +43,7 @@ def macs(model: nn.Module, sample: torch.Tensor) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters, those of tied ones once; of a masked layer, packed or not, the surviving weights alone.
+    """Numbers in the parameters, tied ones once; of a masked layer, packed or not, the surviving weights alone.
 
     A module that holds zeros in place of pruned weights says how many in ``pruned_zeros``.
     """

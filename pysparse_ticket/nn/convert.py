@@ -13,12 +13,11 @@ from ..structure import FilterChain, filter_chains
 from ..ticket import Ticket
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
-from .masked import MaskedModule
+from .masked import FORMATS, MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-FORMATS = ("packed", "dense")
 
 
 def sparsify(
