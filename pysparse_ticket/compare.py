@@ -20,7 +20,7 @@ from .data import ImageData
 from .files import write_whole
 from .measure import Meter, interleave, macs, parameters, peak_bytes
 from .nn import sparsify
-from .nn.masked import FORMATS
+from .nn.choose import FORMATS
 from .planner import plan, step
 from .report import cells, machine, machine_line, markdown_table, plot_arms
 from .search import at_init

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .files import write_whole
 from .measure import interleave
+from .ticket import fingerprint
 
 SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
 
@@ -182,12 +183,14 @@ class PlanCache:
         self.changed = False
 
     @staticmethod
-    def key(site: Site, module: nn.Module, what: str) -> str:
+    def key(what: str, module: nn.Module, *facts: object) -> str:
+        """Of a race named ``what`` over ways to run the dense ``module``, on this machine, with these ``facts``."""
         from .ops.library import CPU_ERROR, cpu_isa
 
         machine = (platform.machine(), cpu_model(), torch.get_num_threads(), CPU_ERROR or cpu_isa())
-        where = str(next(module.parameters()).device.type)
-        text = repr((what, machine, where, torch.__version__, _build_id(), site, module.extra_repr()))
+        where = next(module.parameters()).device.type
+        kind = (type(module).__name__, module.extra_repr(), fingerprint(module))
+        text = repr((what, machine, where, torch.__version__, _build_id(), kind, facts))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get_or_race(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -217,9 +220,8 @@ def _build_id() -> str:
     return f"{found[0].stat().st_size}-{found[0].stat().st_mtime_ns}" if found else "none"
 
 
-def race_steps(dense: nn.Module, sparse: nn.Module, sample: Tensor, repeats: int = 5) -> float:
-    """Time of the sparse model's training step over the dense one's; both are copied, neither changes."""
-    twins = {"dense": copy.deepcopy(dense).train(), "sparse": copy.deepcopy(sparse).train()}
+def race_steps(models: Mapping[str, nn.Module], sample: Tensor, repeats: int = 5) -> dict[str, float]:
+    """Median microseconds of each model's training step on the sample, interleaved; copies run, the models stay."""
     with torch.random.fork_rng(devices=[]):  # dropout draws
-        times = interleave({n: step(m, sample) for n, m in twins.items()}, repeats=repeats, warmup=2)
-    return times["sparse"].median / times["dense"].median
+        steps = {name: step(copy.deepcopy(model).train(), sample) for name, model in models.items()}
+        return {name: 1e6 * t.median for name, t in interleave(steps, repeats=repeats, warmup=2).items()}

@@ -219,24 +219,54 @@ def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch):
     sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
     rows = pst.plan(sparse).rows()
     assert {r["layer"] for r in rows} == {n.removesuffix(".weight") for n, m in ticket.masks.items() if not m.all()}
-    assert all(r["dense_us"] > 0 and r["format"] in ("packed", "dense") for r in rows)
+    assert all(r["dense_us"] > 0 and r["format"] in ("packed", "dense", "tiled") for r in rows)
     assert pst.plan(sparse).step_ratio > 0 and "whole training step" in str(pst.plan(sparse))
-    monkeypatch.setattr("pysparse_ticket.nn.convert.race", lambda *_: pytest.fail("raced again"))
+    for name in ("race", "race_steps"):
+        monkeypatch.setattr(f"pysparse_ticket.nn.choose.{name}", lambda *_: pytest.fail("raced again"))
     again = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
     assert [r["dense_us"] for r in pst.plan(again).rows()] == [r["dense_us"] for r in rows]
 
 
 def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
-    ratios = iter([1.5, 1.0])
-    monkeypatch.setattr("pysparse_ticket.nn.convert.race_steps", lambda *_: next(ratios))
-    monkeypatch.setattr("pysparse_ticket.nn.convert.race", lambda *_: {"plain": 2.0, "dense": 2.1, "packed": 1.0})
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: {"dense": 1.0, "layers": 1.5, "tiled": 1.2})
+    times = {"plain": 2.0, "dense": 2.1, "packed": 1.0, "other": 3.0}
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda *_: times)
     model, (x, _) = resnet(), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x, optimizer=optimizer)
-    assert {r["format"] for r in pst.plan(sparse).rows()} == {"dense"} and pst.plan(sparse).step_ratio == 1.0
+    assert {r["format"] for r in pst.plan(sparse).rows()} == {"dense"}
+    assert "1.20 of the dense one's with packed layers, so every masked layer runs dense" in str(pst.plan(sparse))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in sparse.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("times", "formats"),
+    [
+        ({"dense": 3.0, "layers": 2.0, "tiled": 1.0}, {"tiled", "packed"}),
+        ({"dense": 3.0, "layers": 1.0, "tiled": 2.0}, {"packed"}),
+    ],
+    ids=["tiled", "layers"],
+)
+def test_the_fastest_way_to_run_the_model_is_kept(times, formats, monkeypatch):
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: times)
+    raced = {"plain": 2.0, "dense": 2.1, "packed": 1.0, "other": 5.0}
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda *_: raced)
+    monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
+    model, (x, _) = resnet(), batch()
+    sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x)
+    rows = pst.plan(sparse).rows()
+    assert {r["format"] for r in rows} == formats and pst.plan(sparse).step_ratio == pytest.approx(1 / 3)
+    # packed takes 1 at density d and 5 at 0.5, so 2 a quarter of the way between
+    sparser = [r for r in rows if r["sparsity"] > 0.6]
+    assert sparser and all(
+        r["break_even"] == pytest.approx(r["sparsity"] - (r["sparsity"] - 0.5) / 4, abs=1e-9) for r in sparser
+    )
+    again = pst.sparsify(
+        resnet(), ticket_of(resnet(), "weight", sparsity=0.9), plan={r["layer"]: r["format"] for r in rows}
+    )
+    assert torch.equal(again(x), sparse(x))
 
 
 def test_planning_moves_no_random_state_and_no_buffer(tmp_path, monkeypatch):

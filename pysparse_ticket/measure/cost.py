@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -33,7 +34,11 @@ def macs(model: nn.Module, sample: torch.Tensor) -> int:
     modes = [(module, module.training) for module in model.modules()]
     hooks = [module.register_forward_hook(count) for module in _counted(model)]
     try:
-        model.eval()(sample)
+        with ExitStack() as stack:
+            for module in model.modules():
+                if hasattr(module, "modules_one_by_one"):  # a fused model calls no module that a hook could see
+                    stack.enter_context(module.modules_one_by_one())
+            model.eval()(sample)
     finally:
         for hook in hooks:
             hook.remove()

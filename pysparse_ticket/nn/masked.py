@@ -84,6 +84,10 @@ class MaskedModule(nn.Module):
             return self.pattern.scatter(self.values)
         return super().__getattr__(name)
 
+    def packed_values(self) -> Tensor:
+        """``[nnz]`` surviving weights in either format; differentiable."""
+        return self.values if self.format == "packed" else self.pattern.gather(self.weight)
+
     def masked_weight(self) -> Tensor:
         """Format "dense": the weight, with a gradient that is zero where pruned."""
         return self.weight * self._mask

@@ -30,12 +30,12 @@ class MaskedConv2d(MaskedModule):
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(module, name))
         self.padding_mode = module.padding_mode
-        self._padding = _resolve_padding(module)
+        self.padding_pair = _resolve_padding(module)
         if module.groups > 1:
             self.why_dense = f"groups={module.groups}; the packed kernels take ungrouped convolutions"
         elif module.padding_mode != "zeros":
             self.why_dense = f"padding_mode={module.padding_mode!r}; the packed kernels pad with zeros"
-        elif self._padding is None:
+        elif self.padding_pair is None:
             self.why_dense = f"padding={module.padding!r} is not the same on both sides"
         self._reversed_padding_repeated_twice = module._reversed_padding_repeated_twice  # nn.Conv2d's own, see forward
         self._pack_if_possible()
@@ -69,7 +69,7 @@ class MaskedConv2d(MaskedModule):
         if self.format == "dense":
             # torch's own code for all paddings; it reads the attributes that both classes have
             return nn.Conv2d._conv_forward(self, x, self.masked_weight(), self.bias)
-        return masked_conv2d(x, self.values, self.bias, self.pattern, self.stride, self._padding, self.dilation)
+        return masked_conv2d(x, self.values, self.bias, self.pattern, self.stride, self.padding_pair, self.dilation)
 
     def macs(self, input: Tensor, output: Tensor) -> int:
         """Multiply-adds of the surviving weights for the whole batch."""

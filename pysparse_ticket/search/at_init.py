@@ -18,7 +18,7 @@ from ..ticket import Ticket, clone_state, fingerprint
 
 def at_init(
     model: nn.Module,
-    batches: Iterable[Batch] | Batch | None = None,
+    batches: Iterable[Batch] | Batch | Tensor | None = None,
     *,
     score: str = "grasp",
     granularity: str = "layer",
@@ -36,7 +36,7 @@ def at_init(
 ) -> Ticket:
     """Find a ticket in the model as it is, without training it. The model is not changed.
 
-    batches      (x, y) or a list of such pairs; the first x also finds the blocks
+    batches      (x, y) or a list of such pairs; the first x also finds the blocks, for which x alone will do
     score        magnitude, random, snip, grasp (theta Hg) or grasp-signed (theta g)
     granularity  "weight", "n:m" (as 2:4), "block:HxW" with ``sparsity``; "filter" or "layer" with ``remove``
     sparsity     share of the weights to remove, in [0, 1); n:m fixes its own
@@ -63,7 +63,7 @@ def at_init(
             f"granularity {granularity!r} takes {'neither' if kind == 'n:m' else 'sparsity='}, not remove="
         )
 
-    if batches is not None and not isinstance(batches, tuple | list):
+    if batches is not None and not isinstance(batches, Tensor | tuple | list):
         batches = list(batches)
     scores = scorer(model, batches, loss=loss, bn_mode=bn_mode, seed=seed)
     check_scores(scores)
@@ -119,6 +119,8 @@ def _pool_block_scores(score, scores, candidates, aggregate: str, seed: int) -> 
 
 
 def _first_input(batches) -> Tensor:
+    if isinstance(batches, Tensor):
+        return batches
     if isinstance(batches, tuple | list) and batches:
         first = batches[0]
         return first if isinstance(first, Tensor) else first[0]

@@ -1,0 +1,246 @@
+"""Runs a traced model's masked convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles.
+
+The model's modules stay where they are and keep their names, parameters and buffers; only its ``forward`` changes, by a
+class that derives from the model's own. In the chain nothing is packed or unpacked between two of our layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.masked_conv2d import is_channels_last
+from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
+from .layer_skip import LayerSkip
+from .masked_conv2d import MaskedConv2d
+
+
+class TiledChain:
+    """Mixed into the class of a model whose forward runs tiled; other dtypes and devices run the modules one by one."""
+
+    def forward(self, *args, **kwargs):
+        tiled = len(args) == 1 and not kwargs and not self.__dict__.get("_modules_one_by_one")
+        if tiled and isinstance(args[0], Tensor) and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+            return self._tiled_forward(args[0])
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def modules_one_by_one(self) -> Iterator[None]:
+        """Within it every module is called, so that hooks on them see their calls."""
+        self._modules_one_by_one = True
+        try:
+            yield
+        finally:
+            del self._modules_one_by_one
+
+
+@dataclass
+class _Unit:
+    """conv, then norm, then + residual, then ReLU, as far as each is there; ``nodes`` ends with the last of them."""
+
+    conv: torch.fx.Node
+    nodes: list[torch.fx.Node]
+    norm: str | None = None
+    residual: torch.fx.Node | None = None
+    relu: bool = False
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        ours = type(module).__module__.startswith(__package__)
+        return ours or super().is_leaf_module(module, name)
+
+
+def tile_chain(model: nn.Module) -> nn.Module:
+    """Give the model a forward that runs its masked convolutions in batch tiles, and return it.
+
+    ValueError with the reason when it cannot be traced, has no two masked convolutions in a row, or takes more than
+    one input; the model is then as before.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # tracing runs the user's code and may raise anything
+        raise ValueError(f"{type(model).__name__} cannot be traced: {error}") from error
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        raise ValueError(f"{type(model).__name__} takes more than one input")
+    modules = dict(model.named_modules())
+    units = _find_units(graph, modules)
+    if len(units) < 2:
+        raise ValueError(f"{type(model).__name__} has fewer than two masked convolutions to chain")
+    code = _rewrite(graph, units, modules).python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)  # fx's own generated source, as torch.fx.GraphModule runs it
+    own = type(model)
+    model.__class__ = type(f"Tiled{own.__name__}", (TiledChain, own), {"_tiled_forward": namespace["forward"]})
+    return model
+
+
+def untile(model: nn.Module) -> nn.Module:
+    """Undo :func:`tile_chain`; a model that is not tiled is returned as it is."""
+    if isinstance(model, TiledChain):
+        model.__class__ = type(model).__mro__[2]
+    return model
+
+
+def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[torch.fx.Node, _Unit]:
+    """{last node of the unit: unit}, in the order of the graph."""
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    taken: set[torch.fx.Node] = set()
+    units = []
+
+    def only_user(node: torch.fx.Node) -> torch.fx.Node | None:
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return None if user in taken else user
+
+    for node in graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(module, MaskedConv2d) or module.why_dense or calls.count(node.target) > 1:
+            continue
+        unit = _Unit(node, [node])
+        user = only_user(node)
+        if user is not None and user.op == "call_module" and type(modules[user.target]) is nn.BatchNorm2d:
+            unit.norm = user.target
+            unit.nodes.append(user)
+            user = only_user(user)
+        if user is not None and (other := _other_summand(user, unit.nodes[-1])) is not None:
+            unit.residual = other
+            unit.nodes.append(user)
+            user = only_user(user)
+        if user is not None and _is_relu(user, modules):
+            unit.relu = True
+            unit.nodes.append(user)
+        taken.update(unit.nodes)
+        units.append(unit)
+    return {unit.nodes[-1]: unit for unit in units}
+
+
+def _other_summand(node: torch.fx.Node, one: torch.fx.Node) -> torch.fx.Node | None:
+    functions = (operator.add, operator.iadd, torch.add)
+    is_add = (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    if not is_add or len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    other = second if first is one else first
+    return other if isinstance(other, torch.fx.Node) and other is not one else None
+
+
+def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return (
+        (node.op == "call_module" and type(modules[node.target]) is nn.ReLU)
+        or (node.op == "call_function" and node.target in (F.relu, torch.relu))
+        or (node.op == "call_method" and node.target in ("relu", "relu_"))
+    )
+
+
+def _is_global_mean(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """ "flat" for a mean over the pixels to ``[N, C]``, "pooled" for one to ``[N, C, 1, 1]``, else None."""
+    if node.op == "call_module" and type(modules[node.target]) is nn.AdaptiveAvgPool2d:
+        return "pooled" if modules[node.target].output_size in (1, (1, 1)) else None
+    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d and not node.kwargs:
+        return "pooled" if node.args[1] in (1, (1, 1)) else None
+    if (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean)) and not node.kwargs:
+        dims = tuple(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else ()
+        return "flat" if dims in ((2, 3), (-2, -1)) else None
+    return None
+
+
+def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: dict[str, nn.Module]) -> torch.fx.Graph:
+    """The graph with each unit as one call on tiles, packing and unpacking only where a neighbour is not ours."""
+    halo = max(max(modules[unit.conv.target].padding_pair) for unit in units.values())
+    inner = {node for unit in units.values() for node in unit.nodes[:-1]}
+    new = torch.fx.Graph()
+    plain: dict[torch.fx.Node, torch.fx.Node] = {}
+    tiled: dict[torch.fx.Node, torch.fx.Node] = {}
+    root: torch.fx.Node | None = None
+
+    def as_plain(node: torch.fx.Node) -> torch.fx.Node:
+        if node not in plain:
+            plain[node] = new.call_function(_unpack, (tiled[node], root, halo))
+        return plain[node]
+
+    def as_tiled(node: torch.fx.Node) -> torch.fx.Node:
+        if node not in tiled:
+            tiled[node] = new.call_function(tile_pack, (plain[node], halo))
+        return tiled[node]
+
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        passes = node.op == "call_module" and isinstance(modules[node.target], LayerSkip | nn.Identity)
+        mean = _is_global_mean(node, modules)
+        if node in inner:
+            continue
+        if node in units:
+            unit = units[node]
+            read = unit.conv.args[0]
+            out = new.call_function(
+                _run,
+                (
+                    as_tiled(read),
+                    root,
+                    halo,
+                    new.get_attr(unit.conv.target),
+                    new.get_attr(unit.norm) if unit.norm else None,
+                    as_tiled(unit.residual) if unit.residual else None,
+                    unit.relu,
+                ),
+            )
+            tiled[node] = new.call_function(operator.getitem, (out, 0))
+            # later readers of the input take it from here: their gradient joins inside the input gradient's kernel
+            tiled[read] = new.call_function(operator.getitem, (out, 1))
+        elif source in tiled and passes:
+            tiled[node] = tiled[source]
+        elif source in tiled and mean:
+            flat = new.call_function(_mean, (tiled[source], root, halo))
+            plain[node] = flat if mean == "flat" else new.call_function(operator.getitem, (flat, (..., None, None)))
+        else:
+            plain[node] = new.node_copy(node, as_plain)
+            root = plain[node] if node.op == "placeholder" else root
+    new.lint()
+    return new
+
+
+def _run(
+    x: Tensor,
+    root: Tensor,
+    halo: int,
+    conv: MaskedConv2d,
+    norm: nn.BatchNorm2d | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    return tiled_conv2d(
+        x,
+        root.shape[0],
+        halo,
+        conv.packed_values(),
+        conv.pattern,
+        conv.stride,
+        conv.padding_pair,
+        conv.dilation,
+        bias=conv.bias,
+        norm=norm,
+        residual=residual,
+        relu=relu,
+    )
+
+
+def _unpack(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
+    return tile_unpack(tiles, root.shape[0], halo, is_channels_last(root))
+
+
+def _mean(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
+    return tiled_mean(tiles, root.shape[0], halo)
+
+
+def chained_layers(model: nn.Module) -> list[str]:
+    """Names of the masked convolutions that a tiled model runs in its chain."""
+    return [n for n, m in model.named_modules() if isinstance(m, MaskedConv2d) and not m.why_dense]

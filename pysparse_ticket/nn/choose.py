@@ -1,0 +1,112 @@
+"""Which format each masked layer takes, and how the whole model runs: by racing them, or as the caller asked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, race, race_steps
+from .chain import chained_layers, tile_chain
+from .masked import FORMATS as LAYER_FORMATS
+from .masked import MaskedModule
+from .masked_conv2d import MaskedConv2d
+from .masked_linear import MaskedLinear
+
+MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+FORMATS = (*LAYER_FORMATS, "tiled")
+
+
+def choose_layer(
+    name: str, module: nn.Module, mask: Tensor, fmt: str, site: Site | None, cache: PlanCache
+) -> tuple[MaskedModule, LayerPlan]:
+    """The masked twin of a dense layer in the format asked for or, with a site to time it at, the fastest one."""
+    masked = MASKED[type(module)].from_dense(module, mask)
+    row = LayerPlan(name, type(module).__name__.lower(), site.shape if site else (), masked.sparsity, masked.format)
+    if fmt in LAYER_FORMATS:
+        masked.set_format(fmt)
+        row.format, row.why = fmt, "asked for"
+        return masked, row
+    if masked.why_dense or site is None:
+        row.why = masked.why_dense or "no sample to time it with"
+        return masked, row
+
+    other_density = 0.5 if mask.float().mean() < 0.4 else 0.2
+
+    def measure() -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        other = (torch.rand(mask.shape, generator=generator) < other_density).to(mask.device)
+        dense = copy.deepcopy(masked)
+        dense.set_format("dense")
+        arms = {"plain": module, "dense": dense, "packed": copy.deepcopy(masked)}
+        return race(arms | {"other": type(masked).from_dense(module, other)}, site, module.weight.device)
+
+    times = cache.get_or_race(cache.key("layer", module, site, round(masked.sparsity, 2)), measure)
+    row.dense_us = times["plain"]
+    row.format = "packed" if times["packed"] <= times["plain"] else "dense"
+    row.chosen_us = times[row.format]
+    row.break_even = _break_even(times, 1 - masked.sparsity, other_density)
+    row.why = "fastest here" if row.format == "packed" else f"packed takes {times['packed'] / times['plain']:.2f} of it"
+    masked.set_format(row.format)
+    return masked, row
+
+
+def _break_even(times: Mapping[str, float], density: float, other: float) -> float | None:
+    """The sparsity at which packed takes as long as plain, on the line through the two densities that were timed."""
+    slope = (times["packed"] - times["other"]) / (density - other)
+    if slope <= 0:
+        return None
+    return min(1.0, max(0.0, 1 - (density + (times["plain"] - times["packed"]) / slope)))
+
+
+def choose_model(
+    dense: nn.Module | None,
+    model: nn.Module,
+    x: Tensor | None,
+    forced: Mapping[str, str],
+    result: Plan,
+    cache: PlanCache,
+) -> None:
+    """Run the model tiled, layer by layer or dense: raced against ``dense`` if that is given, else as asked for."""
+    if dense is None:
+        if "tiled" in forced.values():
+            _tile(model, result, "asked for")
+        return
+    tiled = copy.deepcopy(model)
+    try:
+        _tile(tiled)
+    except ValueError as reason:
+        tiled = None
+        result.notes.append(f"no chain of tiles: {reason}")
+    arms = {"dense": dense, "layers": model} | ({"tiled": tiled} if tiled is not None else {})
+    formats = [(row.layer, row.format, round(row.sparsity, 2)) for row in result.layers]
+    key = cache.key("step", dense, tuple(x.shape), x.stride(), formats)
+    try:
+        times = cache.get_or_race(key, lambda: race_steps(arms, x))
+    except (TypeError, AttributeError, RuntimeError) as error:  # an output that is no tensor, a frozen model
+        result.notes.append(f"whole training step: not timed ({error})")
+        return
+    best = min((name for name in times if name != "dense"), key=times.__getitem__)
+    result.step_ratio = times[best] / times["dense"]
+    if best == "tiled" and result.step_ratio <= SLOWER_AT_MOST:
+        _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
+    elif result.step_ratio > SLOWER_AT_MOST:
+        why = f"the whole step took {result.step_ratio:.2f} of the dense one's with packed layers"
+        for row in result.layers:
+            if row.format == "packed":
+                model.get_submodule(row.layer).set_format("dense")
+                row.format, row.chosen_us, row.why = "dense", None, why
+        result.step_ratio = None
+        result.notes.append(f"{why}, so every masked layer runs dense")
+
+
+def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> None:
+    names = chained_layers(model)
+    for name in names:
+        model.get_submodule(name).set_format("packed")
+    tile_chain(model)
+    for row in result.layers if result else ():
+        if row.layer in names:
+            row.format, row.chosen_us, row.why = "tiled", None, why
