@@ -23,15 +23,16 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "Tensor t_col, Tensor t_perm, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "bool channels_last, bool need_input, bool need_values) -> (Tensor, Tensor)");
 
-  // csrc/cpu/masked_linear.cpp
-  m.def("linear_schedule(Tensor row_ptr, Tensor col, int width, int columns) -> Tensor");
+  // the order in which the kernels walk a pattern (csrc/cpu/masked_linear.h)
+  m.def("linear_schedule(Tensor row_ptr, Tensor col, Tensor? perm, int width, int columns) -> Tensor");
+  // -> y, x in tiles (empty unless keep)
   m.def(
-      "masked_linear(Tensor x, Tensor values, Tensor? bias, Tensor col, Tensor t_col, Tensor t_perm, Tensor schedule, "
-      "Tensor t_schedule, int out_features, bool relu, bool keep) -> (Tensor, Tensor)");
+      "masked_linear(Tensor x, Tensor values, Tensor? bias, Tensor schedule, Tensor t_schedule, int out_features, "
+      "bool relu, bool keep) -> (Tensor, Tensor)");
+  // y: the output of a ReLU -> gradients of x, values and bias, each empty unless needed
   m.def(
-      "masked_linear_backward(Tensor grad_y, Tensor packed_x, Tensor values, Tensor? y, Tensor col, Tensor t_col, "
-      "Tensor t_perm, Tensor schedule, Tensor t_schedule, int in_features, bool need_x, bool need_values, "
-      "bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "masked_linear_backward(Tensor grad_y, Tensor packed_x, Tensor values, Tensor? y, Tensor schedule, "
+      "Tensor t_schedule, int in_features, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // Chains of layers on batch tiles [ceil(n / 16), C, H + 2 halo, W + 2 halo, 16]
   m.def("tile_pack(Tensor x, int halo) -> Tensor");
   m.def("tile_unpack(Tensor tiles, SymInt n, int halo, bool channels_last) -> Tensor");

@@ -201,7 +201,7 @@ def test_same_bits_every_time():
 
 def op_arguments(batch=70, relu=False, keep=True):
     x, values, bias, pattern, grad = case((batch,), 37, 53, 0.3)
-    index = (pattern.col, pattern.t_col, pattern.t_perm, *linear_schedule(pattern))
+    index = linear_schedule(pattern)
     leaves = [t.requires_grad_() for t in (x, values, bias)]
     return (*leaves, *index, 53, relu, keep), grad, index
 
@@ -221,7 +221,7 @@ def test_opcheck_backward(need):
 
 def test_opcheck_schedule():
     pattern = case((1,), 37, 53, 0.3)[3]
-    torch.library.opcheck(OP.linear_schedule.default, (pattern.row_ptr, pattern.col, 37, 16))
+    torch.library.opcheck(OP.linear_schedule.default, (pattern.row_ptr, pattern.col, None, 37, 16))
 
 
 def test_gradcheck_of_the_reference():

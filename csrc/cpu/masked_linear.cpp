@@ -54,12 +54,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// header of a schedule tensor, followed by chunk_row, first, position and the segments (masked_linear.h)
-enum Header { ROWS, WIDTH, NNZ, COLUMNS, CHUNKS, HEADER };
+// header of a schedule tensor, followed by chunk_row, first, position, groups, source and column (masked_linear.h)
+enum Header { ROWS, WIDTH, NNZ, COLUMNS, CHUNKS, GROUPS, HEADER };
 
 constexpr int ROWS_A_CHUNK = 256;
-
-int chunk_count(int64_t rows) { return int(std::clamp<int64_t>(rows / ROWS_A_CHUNK, 1, 8)); }
+constexpr int64_t WIDEST_TILE = 65536;  // a column within its tile is a uint16
 
 Schedule read_schedule(const Tensor& t, int64_t rows, int64_t width, int64_t nnz) {
   const int32_t* p = t.const_data_ptr<int32_t>();
@@ -73,55 +72,76 @@ Schedule read_schedule(const Tensor& t, int64_t rows, int64_t width, int64_t nnz
   s.chunk_row = p + HEADER;
   s.first = s.chunk_row + s.chunks + 1;
   s.position = s.first + cells + 1;
-  s.segments = reinterpret_cast<const Segment*>(s.position + cells + 1);
+  s.groups = reinterpret_cast<const Group*>(s.position + cells + 1);
+  s.source = s.position + cells + 1 + p[GROUPS] * int64_t(sizeof(Group) / 4);
+  s.column = reinterpret_cast<const uint16_t*>(s.source + s.entries());
   return s;
 }
 
-Tensor build_schedule(Tensor row_ptr, Tensor col, int64_t width, int64_t columns) {
+// perm (or null): where the pattern's nonzeros are in the layer's values
+Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, int64_t width, int64_t columns) {
+  STD_TORCH_CHECK(columns > 0 && columns <= WIDEST_TILE, "a column tile has 1 to 65536 columns, not ", columns);
+  struct Part {
+    int32_t row, start, length;
+  };
   const int rows = int(row_ptr.numel() - 1);
-  const int chunks = chunk_count(rows);
+  const int chunks = std::clamp(rows / ROWS_A_CHUNK, 1, 8);
   const int tiles = int(std::max<int64_t>(1, (width + columns - 1) / columns));
-  const int cells = tiles * chunks;
-  Tensor out = torch::stable::new_zeros(col, {HEADER + chunks + 1 + 2 * (cells + 1) + int64_t(3) * rows * tiles});
-  int32_t* p = out.mutable_data_ptr<int32_t>();
   const int32_t *ptr = row_ptr.const_data_ptr<int32_t>(), *c = col.const_data_ptr<int32_t>();
+  const int32_t* from = perm ? perm->const_data_ptr<int32_t>() : nullptr;
   const int64_t nnz = ptr[rows];
-  const int32_t header[HEADER] = {rows, int32_t(width), int32_t(nnz), int32_t(columns), chunks};
-  std::copy(header, header + HEADER, p);
-  int32_t *chunk_row = p + HEADER, *first = chunk_row + chunks + 1, *position = first + cells + 1;
-  Segment* segments = reinterpret_cast<Segment*>(position + cells + 1);
-  for (int k = 0; k <= chunks; ++k) {
-    // rows weigh one nonzero more than they have, so empty rows are shared out too; whole blocks of 16 for the unpacking
+  std::vector<int32_t> chunk_row{0}, first{0}, position{0}, source;
+  std::vector<Group> groups;
+  std::vector<uint16_t> column;
+  for (int k = 1; k <= chunks; ++k) {
+    // a row weighs one more than its nonzeros, so empty rows are shared out too; blocks of 16 rows for the unpacking
     const int64_t target = (nnz + rows) * k / chunks;
-    int r = k ? chunk_row[k - 1] : 0;
-    while (r < rows && ptr[r] + r < target) r = std::min(rows, r + 16);
-    chunk_row[k] = k == chunks ? rows : r;
+    int r = chunk_row.back();
+    while (r < rows && (k == chunks || ptr[r] + r < target)) r = std::min(rows, r + 16);
+    chunk_row.push_back(r);
   }
-  std::vector<std::vector<Segment>> by_cell(cells);
-  for (int k = 0; k < chunks; ++k) {
-    for (int r = chunk_row[k]; r < chunk_row[k + 1]; ++r) {
-      int32_t j = ptr[r];
-      for (int t = 0; t < tiles; ++t) {
-        const int32_t start = j;
-        while (j < ptr[r + 1] && c[j] < (t + 1) * columns) ++j;
-        if (j > start || t == 0) by_cell[t * chunks + k].push_back({r, start, j - start});
+  std::vector<int32_t> next(ptr, ptr + rows);
+  for (int t = 0; t < tiles; ++t) {
+    for (int k = 0; k < chunks; ++k) {
+      std::vector<Part> parts;
+      for (int r = chunk_row[k]; r < chunk_row[k + 1]; ++r) {
+        const int32_t start = next[r];
+        while (next[r] < ptr[r + 1] && c[next[r]] < (t + 1) * columns) ++next[r];
+        if (next[r] > start || t == 0) parts.push_back({r, start, next[r] - start});
       }
+      std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.length > b.length; });
+      for (size_t i = 0; i < parts.size();) {
+        const int n = parts.size() - i >= GROUP ? GROUP : 1;
+        Group g{{}, parts[i].length, n};
+        for (int m = 0; m < n; ++m) g.row[m] = parts[i + m].row;
+        for (int j = 0; j < g.length; ++j) {
+          for (int m = 0; m < n; ++m) {
+            const bool real = j < parts[i + m].length;
+            const int32_t at = parts[i + m].start + j;
+            source.push_back(!real ? -1 : from ? from[at] : at);
+            column.push_back(real ? uint16_t(c[at] - t * columns) : 0);
+          }
+        }
+        groups.push_back(g);
+        i += n;
+      }
+      while (source.size() % 16) {
+        source.push_back(-1);
+        column.push_back(0);
+      }
+      first.push_back(int32_t(groups.size()));
+      position.push_back(int32_t(source.size()));
     }
   }
-  int32_t filled = 0, products = 0;
-  for (int cell = 0; cell < cells; ++cell) {
-    first[cell] = filled;
-    position[cell] = products;
-    std::stable_sort(by_cell[cell].begin(), by_cell[cell].end(),
-                     [](const Segment& a, const Segment& b) { return a.length > b.length; });
-    for (const Segment& s : by_cell[cell]) {
-      segments[filled++] = s;
-      products += s.length;
-    }
-    products = (products + 15) / 16 * 16;
-  }
-  first[cells] = filled;
-  position[cells] = products;
+  const int32_t header[HEADER] = {rows, int32_t(width), int32_t(nnz), int32_t(columns), chunks, int32_t(groups.size())};
+  const size_t ints = HEADER + chunk_row.size() + first.size() + position.size() + groups.size() * sizeof(Group) / 4 +
+                      source.size() + column.size() / 2;
+  Tensor out = torch::stable::new_empty(col, {int64_t(ints)});
+  int32_t* p = std::copy(header, header + HEADER, out.mutable_data_ptr<int32_t>());
+  for (const auto& part : {chunk_row, first, position}) p = std::copy(part.begin(), part.end(), p);
+  std::memcpy(p, groups.data(), groups.size() * sizeof(Group));
+  p = std::copy(source.begin(), source.end(), p + groups.size() * sizeof(Group) / 4);
+  std::memcpy(p, column.data(), column.size() * sizeof(uint16_t));
   return out;
 }
 
@@ -160,6 +180,8 @@ struct Batch {
 
 Batch batch_of(const Tensor& t) { return {t.numel() ? t.numel() / t.size(t.dim() - 1) : 0}; }
 
+constexpr int64_t SUMS_TOGETHER = 1 << 18;
+
 // packs source tile by tile and, where target is given, multiplies it by the rows of the schedule
 struct Product {
   const LinearKernels& kernels = linear_kernels();
@@ -171,8 +193,7 @@ struct Product {
   float* column_sums = nullptr;  // [tiles, in], zeroed, or null
   void* target = nullptr;
   Schedule schedule;
-  const int32_t* col = nullptr;
-  const float *values = nullptr, *bias = nullptr;
+  const float *weights = nullptr, *bias = nullptr;
   bool relu = false;
 
   const void* row(const void* base, int64_t sample, int64_t ld) const {
@@ -182,22 +203,31 @@ struct Product {
     kernels.pack(type, row(source, t * TILE, in), row(gate, t * TILE, in), in, batch.valid(t), batch.lanes(t), k0, k1,
                  tile, column_sums ? column_sums + t * in : nullptr);
   }
-  void multiply(int64_t t, int c0, int c1, const float* tile) const {
-    float* y = scratch(0, out * TILE);
+  // tiles [t0, t1), chunks [c0, c1); tile(t) is where tile t lies packed. A column tile's weights serve all tiles in turn.
+  template <class F>
+  void multiply(int64_t t0, int64_t t1, int c0, int c1, F tile) const {
+    float* y = scratch(0, (t1 - t0) * out * TILE);
     for (int k = 0; k < schedule.column_tiles; ++k)
-      for (int c = c0; c < c1; ++c) kernels.multiply(schedule, k, c, col, values, bias, tile, batch.lanes(t), y);
-    kernels.unpack(type, y, batch.lanes(t), batch.valid(t), schedule.chunk_row[c0], schedule.chunk_row[c1], relu,
-                   const_cast<void*>(row(target, t * TILE, out)), out);
+      for (int64_t t = t0; t < t1; ++t)
+        for (int c = c0; c < c1; ++c)
+          kernels.multiply(schedule, k, c, weights, bias, tile(t), batch.lanes(t), y + (t - t0) * out * TILE);
+    for (int64_t t = t0; t < t1; ++t)
+      kernels.unpack(type, y + (t - t0) * out * TILE, batch.lanes(t), batch.valid(t), schedule.chunk_row[c0],
+                     schedule.chunk_row[c1], relu, const_cast<void*>(row(target, t * TILE, out)), out);
   }
   void run() const {
     const int64_t tiles = batch.tiles(), threads = torch::stable::get_num_threads();
     const bool whole = !target || schedule.chunks == 1 || !packed || tiles % threads == 0 || tiles >= 4 * threads;
     if (whole) {
+      // as many tiles together as keep their results within 1 MB, half of a usual L2
+      const int64_t together = std::clamp<int64_t>(SUMS_TOGETHER / std::max<int64_t>(1, out * TILE), 1, 8);
       torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          float* tile = packed ? packed + t * TILE * in : scratch(1, in * TILE);
-          pack(t, 0, int(in), tile);
-          if (target) multiply(t, 0, schedule.chunks, tile);
+        for (int64_t t0 = begin; t0 < end; t0 += together) {
+          const int64_t t1 = std::min(end, t0 + together);
+          float* base = packed ? packed + t0 * TILE * in : scratch(1, (t1 - t0) * in * TILE);
+          const auto tile = [&](int64_t t) { return base + (t - t0) * TILE * in; };
+          for (int64_t t = t0; t < t1; ++t) pack(t, 0, int(in), tile(t));
+          if (target) multiply(t0, t1, 0, schedule.chunks, tile);
         }
       });
       return;
@@ -213,7 +243,7 @@ struct Product {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = i / schedule.chunks;
         const int c = int(i % schedule.chunks);
-        multiply(t, c, c + 1, packed + t * TILE * in);
+        multiply(t, t + 1, c, c + 1, [&](int64_t) { return packed + t * TILE * in; });
       }
     });
   }
@@ -229,9 +259,19 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
   return shape;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor values, std::optional<Tensor> bias, Tensor col, Tensor t_col,
-                                   Tensor t_perm, Tensor schedule, Tensor t_schedule, int64_t out_features, bool relu,
-                                   bool keep) {
+// the values in the order of a schedule's entries
+Tensor in_order(const Tensor& values, const Schedule& s) {
+  Tensor weights = empty(values, {s.entries()}, ScalarType::Float);
+  const float* from = values.const_data_ptr<float>();
+  float* to = weights.mutable_data_ptr<float>();
+  const LinearKernels& kernels = linear_kernels();
+  torch::stable::parallel_for(0, s.entries(), 16384,
+                              [&](int64_t begin, int64_t end) { kernels.gather(from, s.source, begin, end, to); });
+  return weights;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor values, std::optional<Tensor> bias, Tensor schedule,
+                                   Tensor t_schedule, int64_t out_features, bool relu, bool keep) {
   x = torch::stable::contiguous(x);
   values = torch::stable::contiguous(values);
   if (bias) bias = torch::stable::contiguous(*bias);
@@ -243,8 +283,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor values, std::optional<Tensor
   p.packed = keep ? packed.mutable_data_ptr<float>() : nullptr;
   p.target = y.mutable_data_ptr();
   p.schedule = read_schedule(schedule, p.out, p.in, values.numel());
-  p.col = col.const_data_ptr<int32_t>();
-  p.values = values.const_data_ptr<float>();
+  const Tensor weights = in_order(values, p.schedule);
+  p.weights = weights.const_data_ptr<float>();
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.relu = relu;
   p.run();
@@ -253,11 +293,11 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor values, std::optional<Tensor
 
 // products at the mask, each a sum over the batch
 Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const float* dy, int64_t out, const Tensor& values,
-                       const Schedule& s, const int32_t* col) {
+                       const Schedule& s) {
   const LinearKernels& kernels = linear_kernels();
   const int64_t cells = int64_t(s.column_tiles) * s.chunks;
   Tensor grad = empty(values, {values.numel()}, ScalarType::Float);
-  Tensor products = empty(values, {s.position[cells]}, ScalarType::Float);
+  Tensor products = empty(values, {s.entries()}, ScalarType::Float);
   float *g = grad.mutable_data_ptr<float>(), *sums = products.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, cells, 1, [&](int64_t begin, int64_t end) {
     const auto each_cell = [&](auto f) {
@@ -269,24 +309,21 @@ Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const flo
     });
     for (int64_t t = 0; t < batch.tiles(); ++t) {
       each_cell([&](int k, int c) {
-        kernels.sample(s, k, c, col, x + t * TILE * in, dy + t * TILE * out, batch.lanes(t), sums);
+        kernels.sample(s, k, c, x + t * TILE * in, dy + t * TILE * out, batch.lanes(t), sums);
       });
     }
     each_cell([&](int k, int c) {
       const int cell = s.cell(k, c);
-      const float* p = sums + s.position[cell];
-      for (int i = s.first[cell]; i < s.first[cell + 1]; ++i) {
-        std::copy(p, p + s.segments[i].length, g + s.segments[i].start);
-        p += s.segments[i].length;
-      }
+      for (int e = s.position[cell]; e < s.position[cell + 1]; ++e)
+        if (s.source[e] >= 0) g[s.source[e]] = sums[e];
     });
   });
   return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor packed_x, Tensor values, std::optional<Tensor> y,
-                                            Tensor col, Tensor t_col, Tensor t_perm, Tensor schedule, Tensor t_schedule,
-                                            int64_t in_features, bool need_x, bool need_values, bool need_bias) {
+                                            Tensor schedule, Tensor t_schedule, int64_t in_features, bool need_x,
+                                            bool need_values, bool need_bias) {
   grad_y = torch::stable::contiguous(grad_y);
   values = torch::stable::contiguous(values);
   if (y) y = torch::stable::contiguous(*y);
@@ -296,20 +333,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor packed_x, Tens
   Tensor grad_x = empty(grad_y, x_shape, grad_y.scalar_type());
   Tensor packed = empty(grad_y, {p.batch.padded() * out_features}, ScalarType::Float);
   Tensor sums = torch::stable::new_zeros(packed, {need_bias ? tiles * out_features : 0});
-  Tensor transposed = empty(values, {need_x ? nnz : 0}, ScalarType::Float);
+  Tensor transposed;
   p.source = grad_y.const_data_ptr();
   p.gate = y ? y->const_data_ptr() : nullptr;
   p.packed = packed.mutable_data_ptr<float>();
   p.column_sums = need_bias ? sums.mutable_data_ptr<float>() : nullptr;
   if (need_x) {
-    float* t = transposed.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, nnz, 16384, [&](int64_t begin, int64_t end) {
-      p.kernels.gather(values.const_data_ptr<float>(), t_perm.const_data_ptr<int32_t>(), begin, end, t);
-    });
     p.target = grad_x.mutable_data_ptr();
     p.schedule = read_schedule(t_schedule, in_features, out_features, nnz);
-    p.col = t_col.const_data_ptr<int32_t>();
-    p.values = t;
+    transposed = in_order(values, p.schedule);
+    p.weights = transposed.const_data_ptr<float>();
   }
   p.run();
   Tensor grad_bias = torch::stable::new_zeros(packed, {need_bias ? out_features : 0});
@@ -322,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor packed_x, Tens
   if (need_values) {
     STD_TORCH_CHECK(packed_x.numel() == p.batch.padded() * in_features, "the packed input was not kept by forward");
     grad_values = weight_gradient(p.batch, packed_x.const_data_ptr<float>(), in_features, p.packed, out_features, values,
-                                  read_schedule(schedule, out_features, in_features, nnz), col.const_data_ptr<int32_t>());
+                                  read_schedule(schedule, out_features, in_features, nnz));
   }
   return {grad_x, grad_values, grad_bias};
 }

@@ -10,24 +10,31 @@ namespace pst {
 
 constexpr int TILE = 64;
 
-// the nonzeros of one row within one column tile
-struct Segment {
-  int32_t row, start, length;
+// Rows that run side by side through one column tile. Their nonzeros are interleaved: entry j * width + i is the j-th of
+// row[i], padded with zero weights to the longest row's count.
+constexpr int GROUP = 4;
+struct Group {
+  int32_t row[GROUP];
+  int32_t length;
+  int32_t width;  // GROUP, or 1 for the rows left over
 };
 
-// Built once per mask (build_schedule). Rows are cut into chunks of about equal nonzeros; within a (column tile, chunk)
-// segments are sorted by length, longest first: neighbours have equal trip counts, so branches predict and two rows run
-// side by side.
+// Built once per mask (build_schedule). Rows are cut into chunks of about equal nonzeros; a cell is a chunk's part of a
+// column tile. In a cell rows are sorted by their nonzeros, so a group pads little and trip counts repeat: branches
+// predict. Entries lie in the order in which they are used, so they stream.
 struct Schedule {
-  int columns = 0;      // features a column tile
+  int columns = 0;  // features a column tile
   int column_tiles = 0;
   int chunks = 0;
   const int32_t* chunk_row = nullptr;  // [chunks + 1]
-  const int32_t* first = nullptr;      // [column_tiles * chunks + 1] into segments
-  const int32_t* position = nullptr;   // [column_tiles * chunks + 1] of the products in segment order, each padded to 16
-  const Segment* segments = nullptr;
+  const int32_t* first = nullptr;      // [cells + 1] into groups
+  const int32_t* position = nullptr;   // [cells + 1] into entries, multiples of 16
+  const Group* groups = nullptr;
+  const int32_t* source = nullptr;     // [entries] index into the layer's values, -1 for padding
+  const uint16_t* column = nullptr;    // [entries] within the column tile
 
   int cell(int column_tile, int chunk) const { return column_tile * chunks + chunk; }
+  int64_t entries() const { return position[column_tiles * chunks]; }
 };
 
 enum class Scalar { f32, bf16 };
@@ -39,14 +46,14 @@ struct LinearKernels {
                float* column_sums);
   // a tile's rows [r0, r1) -> row-major [samples, ld]
   void (*unpack)(Scalar, const float* src, int lanes, int samples, int r0, int r1, bool relu, void* dst, int64_t ld);
-  // y[row] (+)= value * x[col] over one cell; the first column tile starts from the bias (or 0)
-  void (*multiply)(const Schedule&, int column_tile, int chunk, const int32_t* col, const float* values,
-                   const float* bias, const float* x, int lanes, float* y);
-  // products[position] += <x[col], dy[row]> over one cell
-  void (*sample)(const Schedule&, int column_tile, int chunk, const int32_t* col, const float* x, const float* dy,
-                 int lanes, float* products);
-  // out[j] = values[index[j]] for j in [begin, end)
-  void (*gather)(const float* values, const int32_t* index, int64_t begin, int64_t end, float* out);
+  // y[row] (+)= weight * x[column] over one cell; the first column tile starts from the bias (or 0)
+  void (*multiply)(const Schedule&, int column_tile, int chunk, const float* weights, const float* bias, const float* x,
+                   int lanes, float* y);
+  // products[entry] += <x[column], dy[row]> over one cell
+  void (*sample)(const Schedule&, int column_tile, int chunk, const float* x, const float* dy, int lanes,
+                 float* products);
+  // weights[e] = values[source[e]], 0 for padding, for e in [begin, end)
+  void (*gather)(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights);
 };
 
 const LinearKernels& linear_kernels();

@@ -1,9 +1,9 @@
 // Kernels of masked_linear.h for one instruction set; PST_W floats a register.
 #include "cpu/vec.h"
 
-// how many sums one row keeps in registers, and whether two rows fit side by side
+// rows and vectors of samples whose sums are in registers together: 16 of 32 registers, or 8 of 16
+constexpr int ROWS = W == 16 ? 4 : 1;
 constexpr int SUMS = W == 16 ? 4 : 8;
-constexpr bool PAIRS = W == 16;
 constexpr int UNIT = 16 / W;  // vectors in 16 lanes
 
 template <class T>
@@ -109,41 +109,43 @@ PST_INLINE void add_products(V* sums, float weight, const float* x) {
   for (int v = 0; v < N; ++v) sums[v] += w * load(x + v * W);
 }
 
-template <int N>
-static void multiply_lanes(const Segment* s, int count, const int32_t* col, const float* values, const float* bias,
-                           bool first, const float* x, int64_t lanes, float* y) {
-  const auto start = [&](V* sums, const Segment& seg) {
-#pragma GCC unroll 16
-    for (int v = 0; v < N; ++v) sums[v] = first ? splat(bias ? bias[seg.row] : 0) : load(y + seg.row * lanes + v * W);
-  };
-  const auto finish = [&](const V* sums, const Segment& seg) {
-#pragma GCC unroll 16
-    for (int v = 0; v < N; ++v) store(y + seg.row * lanes + v * W, sums[v]);
-  };
-  int i = 0;
-  if constexpr (PAIRS) {
-    for (; i + 1 < count; i += 2) {
-      const Segment a = s[i], b = s[i + 1];  // b is not the longer one
-      V sa[N], sb[N];
-      start(sa, a);
-      start(sb, b);
-      const int32_t *ca = col + a.start, *cb = col + b.start;
-      const float *va = values + a.start, *vb = values + b.start;
-      int j = 0;
-      for (; j < b.length; ++j) {
-        add_products<N>(sa, va[j], x + ca[j] * lanes);
-        add_products<N>(sb, vb[j], x + cb[j] * lanes);
-      }
-      for (; j < a.length; ++j) add_products<N>(sa, va[j], x + ca[j] * lanes);
-      finish(sa, a);
-      finish(sb, b);
-    }
+// rows [i, i + R) of a group
+template <int R, int N, int WIDTH>
+PST_INLINE void multiply_rows(const int32_t* row, int length, const uint16_t* column, const float* weights,
+                              const float* bias, bool first, const float* x, int64_t lanes, float* y) {
+  V sums[R][N];
+  float* out[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    out[r] = y + row[r] * lanes;
+    const V start = splat(first && bias ? bias[row[r]] : 0);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sums[r][v] = first ? start : load(out[r] + v * W);
   }
-  for (; i < count; ++i) {
-    V sums[N];
-    start(sums, s[i]);
-    for (int j = s[i].start; j < s[i].start + s[i].length; ++j) add_products<N>(sums, values[j], x + col[j] * lanes);
-    finish(sums, s[i]);
+  for (int j = 0; j < length; ++j, column += WIDTH, weights += WIDTH) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) add_products<N>(sums[r], weights[r], x + column[r] * lanes);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) store(out[r] + v * W, sums[r][v]);
+  }
+}
+
+template <int N>
+static void multiply_lanes(const Group* g, const Group* end, const uint16_t* column, const float* weights,
+                           const float* bias, bool first, const float* x, int64_t lanes, float* y) {
+  for (; g < end; ++g) {
+    if (g->width == GROUP) {
+#pragma GCC unroll 4
+      for (int i = 0; i < GROUP; i += ROWS)
+        multiply_rows<ROWS, N, GROUP>(g->row + i, g->length, column + i, weights + i, bias, first, x, lanes, y);
+    } else {
+      multiply_rows<1, N, 1>(g->row, g->length, column, weights, bias, first, x, lanes, y);
+    }
+    column += g->length * g->width;
+    weights += g->length * g->width;
   }
 }
 
@@ -161,64 +163,88 @@ PST_INLINE void for_lanes(int lanes, F f) {
     if (units == 3) f(std::integral_constant<int, 3 * UNIT>(), lane);
 }
 
-static void multiply(const Schedule& s, int column_tile, int chunk, const int32_t* col, const float* values,
-                     const float* bias, const float* x, int lanes, float* y) {
-  const int cell = s.cell(column_tile, chunk);
-  const Segment* segments = s.segments + s.first[cell];
-  const int count = s.first[cell + 1] - s.first[cell];
+static void multiply(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
+                     const float* x, int lanes, float* y) {
+  const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
+  x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
-    multiply_lanes<decltype(n)::value>(segments, count, col, values, bias, column_tile == 0, x + lane, lanes, y + lane);
+    multiply_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry,
+                                       weights + entry, bias, column_tile == 0, x + lane, lanes, y + lane);
   });
 }
 
-constexpr int PRODUCTS = 64;  // vectors of partial sums between two reductions: 4 KB
+// vectors of partial sums between two reductions: 4 KB, a multiple of GROUP * W
+constexpr int PARTIALS = 64;
 
-template <int N>
-static void sample_lanes(const Segment* s, int count, const int32_t* col, const float* x, const float* dy, int64_t lanes,
-                         float* products) {
-  alignas(64) V partial[PRODUCTS];
+struct Partials {
+  alignas(64) V sums[PARTIALS];
   int held = 0;
-  const auto reduce = [&] {
-    for (; held & (W - 1); ++held) partial[held] = V{};
-    for (int p = 0; p < held; p += W, products += W) {
+  float* out;
+
+  PST_INLINE void reduce() {
+    for (; held & (W - 1); ++held) sums[held] = V{};
+    for (int p = 0; p < held; p += W, out += W) {
       V v[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = partial[p + i];
-      store(products, load(products) + reduce_rows(v));
+      for (int i = 0; i < W; ++i) v[i] = sums[p + i];
+      store(out, load(out) + reduce_rows(v));
     }
     held = 0;
-  };
-  for (int i = 0; i < count; ++i) {
-    V d[N];
-#pragma GCC unroll 16
-    for (int v = 0; v < N; ++v) d[v] = load(dy + s[i].row * lanes + v * W);
-    for (int j = s[i].start, end = j + s[i].length; j < end;) {
-      const int stop = end - j < PRODUCTS - held ? end : j + PRODUCTS - held;
-      for (; j < stop; ++j) {
-        const float* p = x + col[j] * lanes;
-        V sum = d[0] * load(p);
-#pragma GCC unroll 16
-        for (int v = 1; v < N; ++v) sum += d[v] * load(p + v * W);
-        partial[held++] = sum;
-      }
-      if (held == PRODUCTS) reduce();
+  }
+};
+
+template <int R, int N>
+PST_INLINE void sample_rows(const Group& g, const uint16_t* column, const float* x, const float* dy, int64_t lanes,
+                            Partials& partials) {
+  V d[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) d[r][v] = load(dy + g.row[r] * lanes + v * W);
+  }
+  for (int j = 0; j < g.length; ++j, column += R) {
+    if (partials.held + R > PARTIALS) partials.reduce();
+    V* to = partials.sums + partials.held;
+    partials.held += R;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float* p = x + column[r] * lanes;
+      V sum = d[r][0] * load(p);
+#pragma GCC unroll 8
+      for (int v = 1; v < N; ++v) sum += d[r][v] * load(p + v * W);
+      to[r] = sum;
     }
   }
-  reduce();
 }
 
-static void sample(const Schedule& s, int column_tile, int chunk, const int32_t* col, const float* x, const float* dy,
-                   int lanes, float* products) {
-  const int cell = s.cell(column_tile, chunk);
-  const Segment* segments = s.segments + s.first[cell];
-  const int count = s.first[cell + 1] - s.first[cell];
+template <int N>
+static void sample_lanes(const Group* g, const Group* end, const uint16_t* column, const float* x, const float* dy,
+                         int64_t lanes, float* products) {
+  Partials partials;
+  partials.out = products;
+  for (; g < end; ++g) {
+    if (g->width == GROUP) {
+      sample_rows<GROUP, N>(*g, column, x, dy, lanes, partials);
+    } else {
+      sample_rows<1, N>(*g, column, x, dy, lanes, partials);
+    }
+    column += g->length * g->width;
+  }
+  partials.reduce();
+}
+
+static void sample(const Schedule& s, int column_tile, int chunk, const float* x, const float* dy, int lanes,
+                   float* products) {
+  const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
+  x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
-    sample_lanes<decltype(n)::value>(segments, count, col, x + lane, dy + lane, lanes, products + s.position[cell]);
+    sample_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry, x + lane,
+                                     dy + lane, lanes, products + entry);
   });
 }
 
-static void gather(const float* values, const int32_t* index, int64_t begin, int64_t end, float* out) {
-  for (int64_t j = begin; j < end; ++j) out[j] = values[index[j]];
+static void gather(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights) {
+  for (int64_t e = begin; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
 }
 
 constexpr LinearKernels KERNELS = {pack, unpack, multiply, sample, gather};

@@ -22,11 +22,11 @@ def linear_schedule(pattern: Pattern) -> Schedules:
     """The order in which the kernels walk ``pattern`` and its transpose: int32 tensors on the CPU, made once a mask."""
     out_features, in_features = pattern.shape
     cpu = [t.cpu() for t in pattern.tensors]
-    row_ptr, col, t_row_ptr, t_col, _ = cpu
+    row_ptr, col, t_row_ptr, t_col, t_perm = cpu
     op = torch.ops.pysparse_ticket.linear_schedule
     return (
-        op(row_ptr, col, in_features, column_tile(pattern.nnz, out_features, in_features)),
-        op(t_row_ptr, t_col, out_features, column_tile(pattern.nnz, in_features, out_features)),
+        op(row_ptr, col, None, in_features, column_tile(pattern.nnz, out_features, in_features)),
+        op(t_row_ptr, t_col, t_perm, out_features, column_tile(pattern.nnz, in_features, out_features)),
     )
 
 
@@ -72,9 +72,6 @@ def masked_linear(
         x,
         values.float(),
         None if bias is None else bias.float(),
-        pattern.col,
-        pattern.t_col,
-        pattern.t_perm,
         *schedules,
         out_features,
         activation == "relu",
@@ -91,12 +88,12 @@ def _reference(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern,
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, values, bias, col, t_col, t_perm, schedule, t_schedule, _, relu, _ = inputs
+    x, values, bias, schedule, t_schedule, _, relu, _ = inputs
     y, packed = output
     ctx.mark_non_differentiable(packed)
     ctx.in_features = x.shape[-1]
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(packed, values, y if relu else None, col, t_col, t_perm, schedule, t_schedule)
+    ctx.save_for_backward(packed, values, y if relu else None, schedule, t_schedule)
 
 
 def _backward(ctx, grad_y: Tensor, _grad_packed: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,7 +103,7 @@ def _backward(ctx, grad_y: Tensor, _grad_packed: Tensor | None) -> tuple[Tensor 
         grad_y, *ctx.saved_tensors, ctx.in_features, need_x, need_values, need_bias
     )
     kept = (grad if need else None for grad, need in zip(grads, (need_x, need_values, need_bias), strict=True))
-    return *kept, *(None,) * 8
+    return *kept, *(None,) * 5
 
 
 def _padded(samples: int) -> int:
@@ -120,12 +117,12 @@ def _samples(t: Tensor) -> int:
     return n
 
 
-def _fake(x, values, bias, col, t_col, t_perm, schedule, t_schedule, out_features, relu, keep):
+def _fake(x, values, bias, schedule, t_schedule, out_features, relu, keep):
     packed = _padded(_samples(x)) * x.shape[-1] if keep else 0
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty(packed, dtype=torch.float32)
 
 
-def _fake_backward(grad_y, packed_x, values, y, col, t_col, t_perm, schedule, t_schedule, in_features, *need):
+def _fake_backward(grad_y, packed_x, values, y, schedule, t_schedule, in_features, *need):
     need_x, need_values, need_bias = need
     return (
         grad_y.new_empty((*grad_y.shape[:-1], in_features) if need_x else (0,)),
@@ -134,10 +131,8 @@ def _fake_backward(grad_y, packed_x, values, y, col, t_col, t_perm, schedule, t_
     )
 
 
-def _fake_schedule(row_ptr, col, width, columns):
-    rows, tiles = row_ptr.shape[0] - 1, max(1, -(-width // columns))
-    chunks = min(max(rows // 256, 1), 8)
-    return col.new_empty(5 + chunks + 1 + 2 * (tiles * chunks + 1) + 3 * rows * tiles)
+def _fake_schedule(row_ptr, col, perm, width, columns):
+    return col.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 if CPU_ERROR is None:
