@@ -12,6 +12,8 @@ static std::string cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   // the instruction set in use; "?" asks, a name sets it, "" goes back to the machine's best
   m.def("cpu_isa(str name) -> str");
+  // multiply-adds in registers, all threads, floating-point operations a second
+  m.def("cpu_peak() -> float");
 
   // -> y, x in tiles (empty unless keep)
   m.def(

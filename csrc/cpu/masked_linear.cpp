@@ -180,7 +180,7 @@ struct Batch {
 
 Batch batch_of(const Tensor& t) { return {t.numel() ? t.numel() / t.size(t.dim() - 1) : 0}; }
 
-constexpr int64_t SUMS_TOGETHER = 1 << 18;
+constexpr int64_t SUMS_TOGETHER = 1 << 16;
 
 // packs source tile by tile and, where target is given, multiplies it by the rows of the schedule
 struct Product {
@@ -219,7 +219,8 @@ struct Product {
     const int64_t tiles = batch.tiles(), threads = torch::stable::get_num_threads();
     const bool whole = !target || schedule.chunks == 1 || !packed || tiles % threads == 0 || tiles >= 4 * threads;
     if (whole) {
-      // as many tiles together as keep their results within 1 MB, half of a usual L2
+      // as many tiles together as keep their sums within 256 KB: a column tile's weights are read once for all of them,
+      // but at 1 MB of sums the inputs leave a 2 MB L2 and a pass takes 1.4 times as long
       const int64_t together = std::clamp<int64_t>(SUMS_TOGETHER / std::max<int64_t>(1, out * TILE), 1, 8);
       torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t0 = begin; t0 < end; t0 += together) {

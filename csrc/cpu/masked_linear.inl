@@ -137,6 +137,13 @@ template <int N>
 static void multiply_lanes(const Group* g, const Group* end, const uint16_t* column, const float* weights,
                            const float* bias, bool first, const float* x, int64_t lanes, float* y) {
   for (; g < end; ++g) {
+    // the next group's sums, which the last column tile left in L2
+    const Group* next = g + 1 < end ? g + 1 : g;
+#pragma GCC unroll 4
+    for (int r = 0; r < GROUP; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < N; v += UNIT) __builtin_prefetch(y + next->row[r] * lanes + v * W, 1, 3);
+    }
     if (g->width == GROUP) {
 #pragma GCC unroll 4
       for (int i = 0; i < GROUP; i += ROWS)
@@ -202,18 +209,21 @@ PST_INLINE void sample_rows(const Group& g, const uint16_t* column, const float*
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) d[r][v] = load(dy + g.row[r] * lanes + v * W);
   }
-  for (int j = 0; j < g.length; ++j, column += R) {
-    if (partials.held + R > PARTIALS) partials.reduce();
+  for (int j = 0; j < g.length;) {
+    const int room = (PARTIALS - partials.held) / R, stop = g.length - j < room ? g.length : j + room;
     V* to = partials.sums + partials.held;
-    partials.held += R;
+    partials.held += (stop - j) * R;
+    for (; j < stop; ++j, column += R, to += R) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const float* p = x + column[r] * lanes;
-      V sum = d[r][0] * load(p);
+      for (int r = 0; r < R; ++r) {
+        const float* p = x + column[r] * lanes;
+        V sum = d[r][0] * load(p);
 #pragma GCC unroll 8
-      for (int v = 1; v < N; ++v) sum += d[r][v] * load(p + v * W);
-      to[r] = sum;
+        for (int v = 1; v < N; ++v) sum += d[r][v] * load(p + v * W);
+        to[r] = sum;
+      }
     }
+    if (partials.held + R > PARTIALS) partials.reduce();
   }
 }
 
