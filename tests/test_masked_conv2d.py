@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pysparse_ticket.ops.library import cpu_isa
+from pysparse_ticket.ops.library import backend_of, cpu_isa
 from pysparse_ticket.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from pysparse_ticket.ops.pattern import Pattern
 
@@ -183,6 +183,29 @@ def test_reference_takes_double_and_is_differentiable():
     weight = pattern.scatter(tensors[1])
     want = F.conv2d(tensors[0], weight, tensors[2], *geometry)
     torch.testing.assert_close(masked_conv2d(*tensors, pattern, *geometry), want)
+
+
+def test_bfloat16_accumulates_in_float32():
+    x, values, bias, pattern, geometry = make("many channels")
+    x = x.bfloat16().requires_grad_()
+    values.requires_grad_()
+    y = masked_conv2d(x, values, bias, pattern, *geometry)
+    want = masked_conv2d_reference(x.detach().float(), values.detach(), bias, pattern, *geometry)
+    assert y.dtype == torch.bfloat16
+    # one rounding to 8 bits, of a float32 result
+    torch.testing.assert_close(y.float(), want, rtol=2**-8, atol=1e-4)
+    y.sum().backward()
+    assert (x.grad.dtype, values.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_backend_by_name():
+    x, values, bias, pattern, geometry = make("3x3")
+    masked_conv2d(x, values, bias, pattern, *geometry, backend="reference")
+    assert backend_of("masked_conv2d") == "reference"
+    masked_conv2d(x, values, bias, pattern, *geometry)
+    assert backend_of("masked_conv2d") == "cpu"
+    with pytest.raises(ValueError, match="takes float32 and bfloat16"):
+        masked_conv2d(x.double(), values, bias, pattern, *geometry, backend="cpu")
 
 
 @pytest.mark.parametrize("shape", ["3x3", "stride 3x2"])

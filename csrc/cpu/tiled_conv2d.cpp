@@ -13,7 +13,6 @@
 
 namespace pst {
 
-constexpr int64_t kRowsAtOnce = 8;  // output rows between two reads of them for the statistics: they are still in L2
 
 // [tiles, C, H + 2 halo, W + 2 halo, 16]
 static Plane plane_of(const Tensor& t, int64_t halo) {
@@ -88,15 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
       RowsArgs a = rows_args(walk, src + t * x_floats, raw + t * y_floats, s.o, y_plane.floats(), nullptr);
       a.out0 = int(o0);
       a.out1 = int(o1);
-      for (int64_t r = 0; r < oh; r += kRowsAtOnce) {
-        a.row0 = int(r);
-        a.row1 = int(std::min(oh, r + kRowsAtOnce));
-        kernels.rows(a);
-        if (batch_stats)
-          for (int64_t o = o0; o < o1; ++o)
-            kernels.moments(raw + t * y_floats + o * y_plane.floats() + r * y_plane.row(), (a.row1 - a.row0) * ow,
-                            sums.get() + (t * s.o + o) * 3 * kLanes, r == 0);
-      }
+      if (batch_stats) a.moments = sums.get() + t * s.o * 3 * kLanes;
+      a.fresh = true;
+      kernels.rows(a);
     }
   });
 

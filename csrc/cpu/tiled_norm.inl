@@ -4,37 +4,6 @@ static inline __attribute__((always_inline)) V max0(V v) {
   return v > 0.f ? v : V{};
 }
 
-// Sums around the first pixel, so that a mean far from zero costs no digits: acc is [3][16]: origin, sum, sum of squares
-static void moments(const float* y, int64_t pixels, float* acc, bool first) {
-  for (int sub = 0; sub < kSub; ++sub) {
-    const float* p = y + sub * PST_VL;
-    float* to = acc + sub * PST_VL;
-    const V origin = first ? load(p) : load(to);
-    V sum[4] = {}, square[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= pixels; i += 4)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const V d = load(p + (i + j) * kLanes) - origin;
-        sum[j] += d;
-        square[j] += d * d;
-      }
-    for (; i < pixels; ++i) {
-      const V d = load(p + i * kLanes) - origin;
-      sum[0] += d;
-      square[0] += d * d;
-    }
-    V s = (sum[0] + sum[1]) + (sum[2] + sum[3]), q = (square[0] + square[1]) + (square[2] + square[3]);
-    if (!first) {
-      s += load(to + kLanes);
-      q += load(to + 2 * kLanes);
-    }
-    store(to, origin);
-    store(to + kLanes, s);
-    store(to + 2 * kLanes, q);
-  }
-}
-
 template <bool Residual, bool Relu>
 static void norm_act_plane(const NormPlane& args) {
   const NormPlane a = args;  // a copy, since a store may alias what the reference points at
@@ -53,7 +22,7 @@ static void norm_act_plane(const NormPlane& args) {
       for (int64_t i = 0; i < a.cols * kLanes; i += kLanes) {
         V v = load(y + i) * scale + shift;
         if (Residual) v += load(g + i);
-        store(z + i, Relu ? max0(v) : v);
+        stream(z + i, Relu ? max0(v) : v);
       }
     }
   }
@@ -64,6 +33,7 @@ static void norm_act(const NormPlane& a) {
     a.relu ? norm_act_plane<true, true>(a) : norm_act_plane<true, false>(a);
   else
     a.relu ? norm_act_plane<false, true>(a) : norm_act_plane<false, false>(a);
+  stream_end();
 }
 
 enum Gate { kOpen, kByOutput, kByInput };
@@ -97,7 +67,7 @@ static void norm_sums_plane(const NormPlane& args) {
 #pragma GCC unroll 4
       for (int64_t i = 0; i < a.cols; ++i) {
         const V yv = load(y + i * kLanes), v = gated<G>(g + i * kLanes, z + i * kLanes, yv, scale, shift);
-        if (Write) store(out + i * kLanes, v);
+        if (Write) stream(out + i * kLanes, v);
         sum[i % 2] += v;
         product[i % 2] += v * (yv - mean);
       }
@@ -114,6 +84,7 @@ static void norm_sums(const NormPlane& a) {
     a.out ? norm_sums_plane<kByOutput, true>(a) : norm_sums_plane<kByOutput, false>(a);
   else
     a.out ? norm_sums_plane<kByInput, true>(a) : norm_sums_plane<kByInput, false>(a);
+  if (a.out) stream_end();
 }
 
 template <int G>

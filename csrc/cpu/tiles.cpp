@@ -2,7 +2,7 @@
 
 #define PST_KERNELS                                                                                             \
   static const TileKernels kKernels = {kMaxRows, kMaxCols, rows,     weight_grad, reduce,    pack,              \
-                                       unpack,   moments,  norm_act, norm_sums,   norm_grad, plane_sum}
+                                       unpack,   norm_act, norm_sums,   norm_grad, plane_sum}
 
 namespace pst {
 

@@ -26,6 +26,8 @@ struct RowsArgs {
   const float* val;
   const float* bias;      // per output, or null
   const float* start;     // added to the products, laid out as y; or null
+  float* moments;         // per output [3][16]: origin, sums of y - origin and of its square; or null
+  bool fresh;             // moments start at output pixel (0, 0)
   float* acc;             // weight gradient: 16 partial sums an entry, entry acc0 first
   int64_t acc0;
 };
@@ -54,7 +56,6 @@ struct TileKernels {
   // src: `lanes` samples, sample_stride apart, `count` consecutive floats each; element j goes to the line dst + table[j]
   void (*pack)(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count);
   void (*unpack)(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count);
-  void (*moments)(const float* y, int64_t pixels, float* acc, bool first);
   void (*norm_act)(const NormPlane&);   // out = act(y * scale + shift + g)
   void (*norm_sums)(const NormPlane&);  // sums, and out = g behind the ReLU if out is given
   void (*norm_grad)(const NormPlane&);  // out = gradient of y

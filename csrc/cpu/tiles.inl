@@ -8,6 +8,21 @@ constexpr int kSub = kLanes / PST_VL;
 
 static inline __attribute__((always_inline)) V load(const float* p) { return *(const VU*)p; }
 static inline __attribute__((always_inline)) void store(float* p, V v) { *(VU*)p = v; }
+// past the caches: a line of a fresh result is otherwise read from memory before it is overwritten
+static inline __attribute__((always_inline)) void stream(float* p, V v) {
+#if PST_X86 && PST_VL == 16
+  __builtin_ia32_movntps512(p, v);
+#elif PST_X86 && PST_VL == 8
+  __builtin_ia32_movntps256(p, v);
+#else
+  store(p, v);
+#endif
+}
+static inline void stream_end() {
+#if PST_X86
+  __builtin_ia32_sfence();
+#endif
+}
 static inline __attribute__((always_inline)) V splat(float s) {
 #if PST_VL == 16
   return V{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
@@ -36,7 +51,7 @@ static void rows_block(const RowsArgs& a, int row, int col) {
     const int32_t* end = begin + a.outputs;
     for (int o = a.out0; o < a.out1; ++o) {
       const int32_t k0 = begin[o], k1 = end[o];
-      if (b && k0 == k1) continue;
+      if (b && k0 == k1 && !(a.moments && b + 1 == a.blocks)) continue;
       for (int sub = 0; sub < kSub; ++sub) {
         float* out = y + o * a.y_plane + sub * PST_VL;
         const float* in = x + sub * PST_VL;
@@ -61,6 +76,22 @@ static void rows_block(const RowsArgs& a, int row, int col) {
             for (int q = 0; q < Q; ++q) acc[r * Q + q] += v * load(p + q * x_pix);
             if (r + 1 < R) p = in_register(p + x_row);
           }
+        }
+        if (a.moments && b + 1 == a.blocks) {
+          float* m = a.moments + o * 3 * kLanes + sub * PST_VL;
+          const bool first = a.fresh && row == 0 && col == 0;
+          // sums around the first pixel, so that a mean far from zero costs no digits
+          const V origin = first ? acc[0] : load(m);
+          V sum = first ? V{} : load(m + kLanes), square = first ? V{} : load(m + 2 * kLanes);
+#pragma GCC unroll 32
+          for (int i = 0; i < R * Q; ++i) {
+            const V d = acc[i] - origin;
+            sum += d;
+            square += d * d;
+          }
+          store(m, origin);
+          store(m + kLanes, sum);
+          store(m + 2 * kLanes, square);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -133,15 +164,16 @@ static const Block kGrad[3][kMaxCols][4] = {PST_TABLE(grad_block, 16), PST_TABLE
 static void walk(const RowsArgs& a, const Block table[3][kMaxCols][4]) {
   const int step = a.x_pix == 16 ? 0 : a.x_pix == 32 ? 1 : 2;
   const int pieces = (a.cols + kMaxCols - 1) / kMaxCols;
-  for (int piece = 0, col = 0; piece < pieces; ++piece) {
-    const int q = (a.cols - col + pieces - piece - 1) / (pieces - piece);
-    const int most = rows_that_fit(q);
-    for (int row = a.row0; row < a.row1;) {
-      const int r = a.row1 - row < most ? a.row1 - row : most;
+  // rows outside: memory is then read and written along whole rows, which the hardware prefetches
+  for (int row = a.row0; row < a.row1;) {
+    int r = kMaxRows;
+    for (int piece = 0, col = 0; piece < pieces; ++piece) {
+      const int q = (a.cols - col + pieces - piece - 1) / (pieces - piece);
+      if (piece == 0) r = a.row1 - row < rows_that_fit(q) ? a.row1 - row : rows_that_fit(q);
       table[step][q - 1][r - 1](a, row, col);
-      row += r;
+      col += q;
     }
-    col += q;
+    row += r;
   }
 }
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import CPU_ERROR, NAMESPACE
+from .library import CPU_ERROR, NAMESPACE, choose_backend
 from .pattern import Pattern
 
 Pair = tuple[int, int]
@@ -37,6 +37,8 @@ def masked_conv2d(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Equal to ``F.conv2d(x, pattern.scatter(values), bias, stride, padding, dilation)``.
 
@@ -45,7 +47,9 @@ def masked_conv2d(
     bias     ``[O]`` or None
     pattern  of a mask ``[O, C, kh, kw]``
 
-    float32 on the CPU runs the C++ kernel; float64, other dtypes and other devices run the plain-torch reference.
+    backend  None: the C++ kernel for float32 and bfloat16 on the CPU (which computes bfloat16 in float32 and rounds the
+             result once), else the plain-torch reference; ``"cpu"`` or ``"reference"`` to insist
+
     Raises ValueError on shapes that do not fit.
     """
     if len(pattern.shape) != 4:
@@ -64,13 +68,16 @@ def masked_conv2d(
             f"an image of {x.shape[2]}x{x.shape[3]} is smaller than the kernel "
             f"{kernel_size[0]}x{kernel_size[1]}; use more padding or drop the layer"
         )
-    tensors = (x, values) if bias is None else (x, values, bias)
-    if CPU_ERROR or any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+    if choose_backend("masked_conv2d", backend, x) == "reference":
         return masked_conv2d_reference(x, values, bias, pattern, stride, padding, dilation)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"the cpu backend takes float32 and bfloat16, not {x.dtype}; use the reference backend")
     keep = torch.is_grad_enabled() and values.requires_grad
-    return torch.ops.pysparse_ticket.masked_conv2d(
-        x, values, bias, *pattern.tensors, kernel_size, stride, padding, dilation, keep
-    )[0]
+    y = torch.ops.pysparse_ticket.masked_conv2d(
+        x.float(), values.float(), bias if bias is None else bias.float(), *pattern.tensors,
+        kernel_size, stride, padding, dilation, keep,
+    )[0]  # fmt: skip
+    return y.to(x.dtype)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Chains of sparse convolutions on batch tiles: convolution, batch norm, residual add and ReLU in one op.
 
-A tiled tensor holds ``[N, C, H, W]`` as ``[ceil(N / 16), C, H + 2 * halo, W + 2 * halo, 16]``: 16 samples innermost, and
-zeros around each image so that a padded convolution reads them without a copy. ``halo`` is one number for a whole chain,
-at least the largest padding in it. The lanes of the last tile behind sample N hold finite values that nothing reads.
+A tiled tensor holds ``[N, C, H, W]`` as ``[ceil(N / 16), C, H + 2 * halo, W + 2 * halo, 16]``: 16 samples innermost,
+and zeros around each image so that a padded convolution reads them without a copy. ``halo`` is one number for a whole
+chain, at least the largest padding in it. The lanes of the last tile behind sample N hold finite values that nothing reads.
 
 A chain is ``tile_pack``, then ``tiled_conv2d`` per layer, then ``tiled_mean`` (global average pool) or ``tile_unpack``.
 """
@@ -112,8 +112,8 @@ def tiled_conv2d(
     residual  tiles of the output's shape
     relu      ends with a ReLU
 
-    The second output is x itself. Whoever else reads x (the residual of the block, a second branch) should read this one:
-    its gradient is then added inside the input gradient's kernel instead of in a pass over memory of its own.
+    The second output is x itself. Whoever else reads x (the residual of the block, a second branch) should read this
+    one: its gradient is then added inside the input gradient's kernel instead of in a pass over memory of its own.
     Raises ValueError on shapes that do not fit and on a halo that is too small.
     """
     _check_cpu(x)
@@ -144,12 +144,13 @@ def tiled_conv2d(
         z, again, _ = run(None, bias, values.new_zeros(outputs), values.new_ones(outputs), 0.0)
         return z, again
     if norm.training or norm.running_mean is None:
-        # a constant before batch statistics changes nothing but the running mean
-        z, again, stats = run(norm.weight, norm.bias, None, None, norm.eps)
+        # a constant before batch statistics changes nothing but the running mean: its gradient is zero, not absent
+        shift = norm.bias
+        if bias is not None and bias.requires_grad:
+            shift = bias * 0.0 if shift is None else torch.add(shift, bias, alpha=0.0)
+        z, again, stats = run(norm.weight, shift, None, None, norm.eps)
         if norm.training and norm.running_mean is not None:
             _update_running(norm, stats, bias, n * out[0] * out[1])
-        if bias is not None and bias.requires_grad:
-            z = z + 0.0 * bias.sum()
         return z, again
     mean = norm.running_mean
     if bias is None:
