@@ -40,19 +40,19 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   m.def("tile_unpack(Tensor tiles, SymInt n, int halo, bool channels_last) -> Tensor");
   m.def("tiled_mean(Tensor tiles, SymInt n, int halo) -> Tensor");
   m.def("tiled_mean_backward(Tensor grad, SymInt h, SymInt w, int halo) -> Tensor");
-  // act(norm(conv(x)) + residual); batch statistics unless mean and var are given
-  // -> output, convolution alone [tiles, O, H, W, 16], [3, O]: mean, 1 / sqrt(var + eps), biased variance
+  // act(norm(conv(x)) + residual); batch statistics unless mean and var are given; norm false: conv(x) + bias
+  // -> output, convolution alone [tiles, O, H, W, 16] (empty without norm), [3, O]: mean, 1 / sqrt(var + eps), biased variance
   m.def(
       "tiled_conv2d(Tensor x, Tensor values, Tensor row_ptr, Tensor col, Tensor? weight, Tensor? bias, Tensor? mean, "
       "Tensor? var, Tensor? residual, SymInt n, int halo, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-      "float eps, bool relu) -> (Tensor, Tensor, Tensor)");
-  // pass is added to the gradient of x; z is given where the ReLU cannot be recomputed from y, after a residual
+      "bool norm, float eps, bool relu) -> (Tensor, Tensor, Tensor)");
+  // pass is added to the gradient of x; z is given where the ReLU cannot be recomputed from y: after a residual, or without norm
   // -> gradients of x, of values, [2, O] of norm weight and bias, of residual; empty unless needed
   m.def(
       "tiled_conv2d_backward(Tensor grad, Tensor? pass_grad, Tensor x, Tensor y, Tensor? z, Tensor stats, Tensor values, "
       "Tensor row_ptr, Tensor col, Tensor t_row_ptr, Tensor t_col, Tensor t_perm, Tensor? weight, Tensor? bias, SymInt n, "
-      "int halo, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool batch_stats, bool relu, bool need_x, "
-      "bool need_values, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int halo, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool norm, bool batch_stats, bool relu, "
+      "bool need_x, bool need_values, bool need_norm, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CompositeExplicitAutograd, m) {

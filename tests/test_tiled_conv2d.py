@@ -123,6 +123,13 @@ def test_shapes(case, isa):
     run_both(*layer(**arguments), relu=True, halo=halo)
 
 
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_no_norm(with_residual, relu):
+    x, values, bias, pattern, _, residual, *geometry = layer(bias=not relu)
+    run_both(x, values, bias, pattern, None, residual if with_residual else None, *geometry, relu=relu)
+
+
 @pytest.mark.parametrize("training", [True, False, None], ids=["training", "eval", "no norm"])
 def test_conv_bias(training):
     x, values, bias, pattern, norm, residual, *geometry = layer(bias=True)
@@ -216,17 +223,18 @@ def test_pack_and_unpack(layout, isa):
     assert torch.equal(x.grad, grad)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("norm_given", [True, False], ids=["norm", "no norm"])
+def test_opcheck(norm_given):
     x, values, _, pattern, norm, residual, stride, padding = layer(n=17, size=(5, 4))
     ops = torch.ops.pysparse_ticket
     tiles, tests = tile_pack(x), ("test_schema", "test_faketensor")
     geometry = ((3, 3), stride, padding, (1, 1))
     forward = (tiles, values, pattern.row_ptr, pattern.col, norm.weight.data, norm.bias.data, None, None)
-    forward += (tile_pack(residual), 17, 1, *geometry, 1e-5, True)
+    forward += (tile_pack(residual), 17, 1, *geometry, norm_given, 1e-5, True)
     torch.library.opcheck(ops.tiled_conv2d, forward, test_utils=tests)
     z, y, stats = ops.tiled_conv2d(*forward)
     backward = (z, tiles, tiles, y, z, stats, values, *pattern.tensors, norm.weight.data, norm.bias.data)
-    backward += (17, 1, *geometry, True, True, True, True, True)
+    backward += (17, 1, *geometry, norm_given, norm_given, True, True, True, True, True)
     torch.library.opcheck(ops.tiled_conv2d_backward, backward, test_utils=tests)
     torch.library.opcheck(ops.tile_pack, (x.requires_grad_(), 1))
     torch.library.opcheck(ops.tile_unpack, (tiles.requires_grad_(), 17, 1, True))

@@ -59,23 +59,26 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
                                                 const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                                                 const std::optional<Tensor>& residual, int64_t n, int64_t halo,
                                                 std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                                                std::vector<int64_t> padding, std::vector<int64_t> dilation, double eps,
-                                                bool relu) {
+                                                std::vector<int64_t> padding, std::vector<int64_t> dilation, bool norm,
+                                                double eps, bool relu) {
   const ConvShape s = shape_of(x, halo, n, row_ptr.numel() - 1, kernel, stride, padding, dilation);
   const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads();
   const Plane x_plane = plane_of(x, halo), y_plane{oh, ow, 0, 0, 0, 0}, z_plane{oh, ow, halo, halo, halo, halo};
-  Tensor y = new_floats(x, {tiles, s.o, oh, ow, kLanes});
+  Tensor y = new_floats(x, {norm ? tiles : 0, s.o, oh, ow, kLanes});
   Tensor z = new_floats(x, {tiles, s.o, z_plane.hp(), z_plane.wp(), kLanes});
   Tensor stats = new_floats(x, {3, s.o});
-  const bool batch_stats = !mean;
+  const bool batch_stats = norm && !mean;
   const Scratch sums(batch_stats ? tiles * s.o * 3 * kLanes : 0);
 
   const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
-  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), x_plane, y_plane);
+  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), x_plane, norm ? y_plane : z_plane);
   const float* src = x.const_data_ptr<float>();
-  float* raw = y.mutable_data_ptr<float>();
+  // without a norm the convolution goes straight into the output
+  const Plane& raw_plane = norm ? y_plane : z_plane;
+  float *dst = z.mutable_data_ptr<float>(), *raw = norm ? y.mutable_data_ptr<float>() : dst;
   const TileKernels& kernels = tile_kernels();
-  const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats(), z_floats = s.o * z_plane.floats();
+  const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * raw_plane.floats(), z_floats = s.o * z_plane.floats();
+  const float *w = data_or_null(weight), *b = data_or_null(bias), *res = data_or_null(residual);
 
   // whole tiles to a thread when they share out evenly, else output channels of a tile too
   const int64_t parts = tiles % threads == 0 ? 1 : std::min<int64_t>(s.o, threads);
@@ -84,18 +87,24 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i / parts;
       const auto [o0, o1] = part_of(i);
-      RowsArgs a = rows_args(walk, src + t * x_floats, raw + t * y_floats, s.o, y_plane.floats(), nullptr);
+      RowsArgs a = rows_args(walk, src + t * x_floats, raw + t * y_floats, s.o, raw_plane.floats(), norm ? nullptr : b);
       a.out0 = int(o0);
       a.out1 = int(o1);
       if (batch_stats) a.moments = sums.get() + t * s.o * 3 * kLanes;
       a.fresh = true;
       kernels.rows(a);
+      if (!norm)
+        for (int64_t o = o0; o < o1; ++o) clear_halo(dst + t * z_floats + o * z_plane.floats(), z_plane);
     }
   });
 
   float* st = stats.mutable_data_ptr<float>();
   if (batch_stats) {
     combine_moments(sums.get(), tiles, s.o, n, oh * ow, eps, st);
+  } else if (!norm) {
+    std::fill(st, st + s.o, 0.f);
+    std::fill(st + s.o, st + 3 * s.o, 1.f);
+    if (!relu && !res) return {z, y, stats};
   } else {
     const float *m = mean->const_data_ptr<float>(), *v = var->const_data_ptr<float>();
     for (int64_t o = 0; o < s.o; ++o) {
@@ -105,8 +114,6 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
     }
   }
 
-  const float *w = data_or_null(weight), *b = data_or_null(bias), *res = data_or_null(residual);
-  float* dst = z.mutable_data_ptr<float>();
   parallel_ranges(tiles * parts, threads, [&](int64_t, int64_t begin, int64_t end) {
     // last tile first: it is still in L2
     for (int64_t i = end; i-- > begin;) {
@@ -115,15 +122,16 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
       for (int64_t o = o0; o < o1; ++o) {
         float* out = dst + t * z_floats + o * z_plane.floats();
         NormPlane a{};
-        a.y = raw + t * y_floats + o * y_plane.floats();
+        a.y = raw + t * y_floats + o * raw_plane.floats() + raw_plane.origin();
+        a.y_row = raw_plane.row();
         a.g = res ? res + t * z_floats + o * z_plane.floats() + z_plane.origin() : nullptr;
         a.out = out + z_plane.origin();
         a.g_row = a.out_row = z_plane.row();
         a.rows = oh;
         a.cols = ow;
         a.out_halo = halo;
-        a.scale = (w ? w[o] : 1.f) * st[s.o + o];
-        a.shift = (b ? b[o] : 0.f) - st[o] * a.scale;
+        a.scale = norm ? (w ? w[o] : 1.f) * st[s.o + o] : 1.f;
+        a.shift = norm ? (b ? b[o] : 0.f) - st[o] * a.scale : 0.f;
         a.relu = relu;
         std::memset(out, 0, halo * z_plane.row() * sizeof(float));
         kernels.norm_act(a);
@@ -140,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
     const Tensor& stats, const Tensor& values, const Tensor& row_ptr, const Tensor& col, const Tensor& t_row_ptr,
     const Tensor& t_col, const Tensor& t_perm, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n,
     int64_t halo, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, bool batch_stats, bool relu, bool need_x, bool need_values, bool need_residual) {
+    std::vector<int64_t> dilation, bool norm, bool batch_stats, bool relu, bool need_x, bool need_values, bool need_norm,
+    bool need_residual) {
   const ConvShape s = shape_of(x, halo, n, row_ptr.numel() - 1, kernel, stride, padding, dilation);
   const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads(), nnz = col.numel();
   const Plane x_plane = plane_of(x, halo), y_plane{oh, ow, 0, 0, 0, 0}, z_plane{oh, ow, halo, halo, halo, halo};
@@ -159,8 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
 
   const auto plane_args = [&](int64_t t, int64_t o) {
     NormPlane a{};
-    a.y = raw + t * y_floats + o * y_plane.floats();
     a.g = g + t * z_floats + o * z_plane.floats() + z_plane.origin();
+    // without a norm nothing depends on y
+    a.y = norm ? raw + t * y_floats + o * y_plane.floats() : a.g;
+    a.y_row = norm ? y_plane.row() : z_plane.row();
     a.z = out ? out + t * z_floats + o * z_plane.floats() + z_plane.origin() : nullptr;
     a.g_row = z_plane.row();
     a.rows = oh;
@@ -175,7 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
 
   // pass 1: sums of the gated gradient, and the gated gradient itself where the residual wants it
   const Scratch sums(tiles * s.o * 2 * kLanes);
-  parallel_ranges(tiles * s.o, threads, [&](int64_t, int64_t begin, int64_t end) {
+  const bool reduce = batch_stats || need_norm || need_residual;
+  if (!reduce) std::memset(sums.get(), 0, tiles * s.o * 2 * kLanes * sizeof(float));
+  parallel_ranges(reduce ? tiles * s.o : 0, threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       NormPlane a = plane_args(i / s.o, i % s.o);
       a.sums = sums.get() + i * 2 * kLanes;

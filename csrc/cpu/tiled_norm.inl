@@ -11,7 +11,7 @@ static void norm_act_plane(const NormPlane& args) {
     const int s = sub * PST_VL;
     const V scale = splat(a.scale), shift = splat(a.shift);
     for (int64_t r = 0; r < a.rows; ++r) {
-      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* y = a.y + r * a.y_row + s;
       const float* g = Residual ? a.g + r * a.g_row + s : nullptr;
       float* z = a.out + r * a.out_row + s;
       for (int64_t i = 1; i <= a.out_halo; ++i) {
@@ -55,7 +55,7 @@ static void norm_sums_plane(const NormPlane& args) {
     const V scale = splat(a.scale), shift = splat(a.shift), mean = splat(a.mean);
     V sum[2] = {}, product[2] = {};
     for (int64_t r = 0; r < a.rows; ++r) {
-      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* y = a.y + r * a.y_row + s;
       const float* g = a.g + r * a.g_row + s;
       const float* z = G == kByOutput ? a.z + r * a.g_row + s : nullptr;
       float* out = Write ? a.out + r * a.out_row + s : nullptr;
@@ -97,7 +97,7 @@ static void norm_grad_plane(const NormPlane& args) {
     V live;
     for (int l = 0; l < PST_VL; ++l) live[l] = s + l < a.lanes ? 1.f : 0.f;
     for (int64_t r = 0; r < a.rows; ++r) {
-      const float* y = a.y + r * a.cols * kLanes + s;
+      const float* y = a.y + r * a.y_row + s;
       const float* g = a.g + r * a.g_row + s;
       const float* z = G == kByOutput ? a.z + r * a.g_row + s : nullptr;
       float* out = a.out + r * a.out_row + s;

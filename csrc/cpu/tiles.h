@@ -32,13 +32,13 @@ struct RowsArgs {
   int64_t acc0;
 };
 
-// One plane of one channel: rows x cols pixels, y contiguous, the others with their own row step in floats
+// One plane of one channel: rows x cols pixels, each operand with its own row step in floats
 struct NormPlane {
   const float* y;        // convolution output
   const float* g;        // gradient of the output; the residual input in norm_act
   const float* z;        // the layer's output, rows as g, where the ReLU reads it; null: recomputed from y
   float* out;
-  int64_t g_row, out_row, rows, cols;
+  int64_t y_row, g_row, out_row, rows, cols;
   int64_t out_halo;      // zeros left and right of each row of out
   float scale, shift;    // y * scale + shift is the normalised value
   float mean, constant, slope;  // gradient of y: g * scale + constant + (y - mean) * slope

@@ -2,7 +2,8 @@
 
 A tiled tensor holds ``[N, C, H, W]`` as ``[ceil(N / 16), C, H + 2 * halo, W + 2 * halo, 16]``: 16 samples innermost,
 and zeros around each image so that a padded convolution reads them without a copy. ``halo`` is one number for a whole
-chain, at least the largest padding in it. The lanes of the last tile behind sample N hold finite values that nothing reads.
+chain, at least the largest padding in it. The lanes of the last tile behind sample N hold finite values that
+nothing reads.
 
 A chain is ``tile_pack``, then ``tiled_conv2d`` per layer, then ``tiled_mean`` (global average pool) or ``tile_unpack``.
 """
@@ -53,29 +54,29 @@ class _TiledConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, values, weight, bias, mean, var, residual, row_ptr, col, t_row_ptr, t_col, t_perm, n, halo, geometry,
-        eps, relu,
+        norm, eps, relu,
     ):  # fmt: skip
         z, y, stats = _ops.tiled_conv2d(
-            x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, *geometry, eps, relu
+            x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, *geometry, norm, eps, relu
         )
-        ctx.rest = (n, halo, *geometry, mean is None, relu)
+        ctx.rest = (n, halo, *geometry, norm, norm and mean is None, relu)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        # after a residual the ReLU's sign is read from z; without one it is recomputed from y, which is read anyway
-        gate = z if relu and residual is not None else None
+        # the ReLU's sign is recomputed from y, which is read anyway; where that cannot be, z has it
+        gate = z if relu and (residual is not None or not norm) else None
         ctx.save_for_backward(x, y, gate, stats, values, row_ptr, col, t_row_ptr, t_col, t_perm, weight, bias)
         return z, x, stats
 
     @staticmethod
     def backward(ctx, grad, again, _stats):
         if grad is None:
-            return again, *(None,) * 16
+            return again, *(None,) * 17
         need_x, need_values, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:7]
         grad = grad.contiguous()
         if again is not None:
             again = again.contiguous()
         dx, dvalues, dnorm, dres = _ops.tiled_conv2d_backward(
-            grad, again, *ctx.saved_tensors, *ctx.rest, need_x, need_values, need_residual
+            grad, again, *ctx.saved_tensors, *ctx.rest, need_x, need_values, need_weight or need_bias, need_residual
         )
         return (
             dx if need_x else None,
@@ -85,7 +86,7 @@ class _TiledConv2d(torch.autograd.Function):
             None,
             None,
             dres if need_residual else None,
-            *(None,) * 10,
+            *(None,) * 11,
         )
 
 
@@ -137,11 +138,11 @@ def tiled_conv2d(
     def run(weight, shift, mean, var, eps):
         return _TiledConv2d.apply(
             x, values, weight, shift, mean, var, residual, *pattern.tensors, n, halo,
-            (kernel_size, stride, padding, dilation), eps, relu,
+            (kernel_size, stride, padding, dilation), norm is not None, eps, relu,
         )  # fmt: skip
 
     if norm is None:
-        z, again, _ = run(None, bias, values.new_zeros(outputs), values.new_ones(outputs), 0.0)
+        z, again, _ = run(None, bias, None, None, 0.0)
         return z, again
     if norm.training or norm.running_mean is None:
         # a constant before batch statistics changes nothing but the running mean: its gradient is zero, not absent
@@ -203,21 +204,21 @@ def _register() -> None:
     @fake("tiled_conv2d")
     def _(
         x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, kernel_size, stride, padding, dilation,
-        eps, relu,
+        norm, eps, relu,
     ):  # fmt: skip
         size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
         oh, ow = output_size(size, kernel_size, stride, padding, dilation)
         outputs = row_ptr.shape[0] - 1
         return (
             x.new_empty((x.shape[0], outputs, oh + 2 * halo, ow + 2 * halo, LANES)),
-            x.new_empty((x.shape[0], outputs, oh, ow, LANES)),
+            x.new_empty((x.shape[0] if norm else 0, outputs, oh, ow, LANES)),
             x.new_empty((3, outputs)),
         )
 
     @fake("tiled_conv2d_backward")
     def _(
         grad, pass_grad, x, y, z, stats, values, row_ptr, col, t_row_ptr, t_col, t_perm, weight, bias, n, halo,
-        kernel_size, stride, padding, dilation, batch_stats, relu, need_x, need_values, need_residual,
+        kernel_size, stride, padding, dilation, norm, batch_stats, relu, need_x, need_values, need_norm, need_residual,
     ):  # fmt: skip
         return (
             x.new_empty(x.shape if need_x else (0,)),
