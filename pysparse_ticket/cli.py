@@ -62,8 +62,8 @@ def compare(
     size: Annotated[int, typer.Option(help="digits are scaled to this many pixels")] = 16,
     root: Annotated[str | None, typer.Option(help="folder of the CIFAR files")] = None,
     download: Annotated[bool, typer.Option(help="fetch CIFAR if it is not there")] = False,
-    epochs: int = 8,
-    batch_size: int = 128,
+    epochs: int = 4,
+    batch_size: int = 64,
     lr: float = 0.1,
     seeds: Annotated[int, typer.Option(help="paired seeds, the same for every arm")] = 3,
     remove: Annotated[int, typer.Option(help="blocks that the layer tickets remove")] = 5,
@@ -76,27 +76,19 @@ def compare(
     runs: Annotated[Path, typer.Option(help="where the run folders live")] = Path("runs"),
 ) -> None:
     """Train dense, layer, filter and weight tickets side by side: accuracy, seconds, MACs, memory, joules."""
-    from .compare import Settings
+    from .compare import Settings, recipe
     from .compare import compare as run
     from .report import machine_line, rich_table
-    from .train import Interrupted, TrainConfig
+    from .train import Interrupted
 
     with _one_sentence():
-        config = TrainConfig(
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            warmup_epochs=min(1, epochs),
-            milestones=tuple(sorted({m for m in (round(0.6 * epochs), round(0.85 * epochs)) if 1 <= m < epochs})),
-            device=device,
-        )
         settings = Settings(
             data=data,
             model=model,
             size=size,
             root=root,
             download=download,
-            train=config,
+            train=recipe(epochs, batch_size, lr, device),
             seeds=seeds,
             remove=remove,
             sparsity=sparsity,
@@ -146,15 +138,12 @@ def find(
     seed: int = 0,
 ) -> None:
     """Find a ticket at initialisation and save it."""
-    from .compare import Settings, build, first_batch
+    from .compare import Settings, build, first_batch, recipe
     from .data import load
     from .search import at_init
-    from .train import TrainConfig
 
     with _one_sentence():
-        settings = Settings(
-            data=data, model=model, size=size, root=root, train=TrainConfig(epochs=1, batch_size=batch_size)
-        )
+        settings = Settings(data=data, model=model, size=size, root=root, train=recipe(batch_size=batch_size))
         images = load(data, root=root, **({"size": size} if data == "digits" else {}))
         ticket = at_init(
             build(settings, images, seed),

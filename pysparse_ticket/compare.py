@@ -30,6 +30,20 @@ from .train import Progress, TrainConfig, train
 DENSE_FORMATS = ("contiguous", "channels_last", "compile")
 
 
+def recipe(epochs: int = 4, batch_size: int = 64, lr: float = 0.1, device: str = "cpu") -> TrainConfig:
+    """SGD with nesterov momentum, one epoch of warm-up, a tenth of the rate after 60% and again after 85%."""
+    marks = {round(0.6 * epochs), round(0.85 * epochs)}
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        nesterov=True,
+        warmup_epochs=min(1, epochs),
+        milestones=tuple(sorted(m for m in marks if 1 <= m < epochs)),
+        device=device,
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What ``pysparse-ticket compare`` takes; the defaults are the embedded demonstration."""
@@ -39,9 +53,7 @@ class Settings:
     size: int | None = 16
     root: str | None = None
     download: bool = False
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=8, lr=0.1, warmup_epochs=1, milestones=(5, 7))
-    )
+    train: TrainConfig = field(default_factory=recipe)
     seeds: int = 3
     remove: int = 5
     sparsity: float = 0.9

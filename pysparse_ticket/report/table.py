@@ -14,10 +14,10 @@ def _scaled(value: float | None, units: Sequence[str], base: float = 1000.0) -> 
     if value is None:
         return NOT_MEASURED
     for unit in units[:-1]:
-        if abs(value) < base:
-            return f"{value:.4g} {unit}".rstrip()
+        if abs(value) < 0.9995 * base:  # what rounds to 1000 takes the next unit
+            return f"{value:.3g} {unit}".rstrip()
         value /= base
-    return f"{value:.4g} {units[-1]}".rstrip()
+    return f"{value:.3g} {units[-1]}".rstrip()
 
 
 COLUMNS = {
@@ -42,9 +42,10 @@ def cells(arms: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
 def rich_table(arms: Sequence[Mapping], title: str) -> Table:
     header, rows = cells(arms)
     # the eight columns fit in 80 characters as long as "not measured" folds
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=name != "joules", overflow="fold")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in header:
+        left, folds = name == "arm", name in ("joules", "g CO2")
+        table.add_column(name, justify="left" if left else "right", no_wrap=not folds, min_width=8 if folds else None)
     for row in rows:
         table.add_row(*row)
     return table
