@@ -57,7 +57,9 @@ def main() -> None:
     speedup = best["dense"] / best["ticket"]
     print(machine_line())
     print(f"{args.model}, {args.remove} blocks removed, {args.size}x{args.size}, batch {args.batch}: ", end="")
-    print(f"dense {1e3 * best['dense']:.0f} ms, ticket {1e3 * best['ticket']:.0f} ms, speed-up {speedup:.2f}x, ", end="")
+    print(
+        f"dense {1e3 * best['dense']:.0f} ms, ticket {1e3 * best['ticket']:.0f} ms, speed-up {speedup:.2f}x, ", end=""
+    )
     print(f"ratio of multiply-adds {ratio:.2f}, share reached {speedup / ratio:.2f}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from .nn.choose import FORMATS
 from .planner import plan, step
 from .report import cells, machine, machine_line, markdown_table, plot_arms
 from .search import at_init
-from .ticket import Ticket
+from .ticket import Ticket, clone_state
 from .train import Progress, TrainConfig, train
 
 DENSE_FORMATS = ("contiguous", "channels_last", "compile")
@@ -168,6 +169,8 @@ def dense_step_seconds(settings: Settings, data: ImageData) -> dict[str, float]:
         "channels_last": step(last, x.contiguous(memory_format=torch.channels_last)),
     }
     if settings.race_compile:
+        # inductor's own compile workers go on starting up while the first arm trains and take its cores
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
     return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
 
@@ -215,7 +218,7 @@ def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, 
     if name != "dense":
         model = model.to(memory_format=torch.channels_last) if last else model
         model = sparsify(model, Ticket.load(ticket_path, model), plan=masked)
-    runner = torch.compile(model) if dense_format == "compile" and not masked else model
+    runner = compiled(model, x, batch[1], len(data.train_labels)) if dense_format == "compile" and not masked else model
     resumed = checkpoint.exists()  # its first part ran in another process, whose joules are gone
     with Meter(settings.train.device, country=settings.country, gco2_per_kwh=settings.gco2_per_kwh) as meter:
         history = train(runner, data, config, checkpoint=checkpoint, on_step=tick)
@@ -226,6 +229,20 @@ def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, 
         "gco2": None if resumed else meter.gco2,
         "energy_method": "not measured: the run was resumed" if resumed else meter.method,
     }
+
+
+def compiled(model: nn.Module, x: Tensor, y: Tensor, samples: int) -> nn.Module:
+    """The model compiled for the batches that training will have, so that no compilation is timed; its state stays."""
+    torch.compiler.reset()  # else the arms share one limit of recompilations and the last ones run eagerly
+    model.to(memory_format=torch.channels_last)  # as training will have it
+    runner, state = torch.compile(model, dynamic=False), clone_state(model)
+    with torch.random.fork_rng():
+        for size in {min(len(x), samples), samples % len(x)} - {0}:
+            for _ in range(2):  # gradients are None the first time only
+                F.cross_entropy(runner.train()(x[:size]), y[:size]).backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(state)
+    return runner
 
 
 def peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> int:
