@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ setup(
             include_dirs=[str(ROOT / "csrc")],
             define_macros=DEFINES + ([("USE_CUDA", None)] if with_cuda else []),
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+            extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
             py_limited_api=True,
         )
     ],

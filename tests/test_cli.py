@@ -1,9 +1,14 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 import pysparse_ticket as pst
+from pysparse_ticket.checkpoint import load
 from pysparse_ticket.cli import app
 
 
@@ -67,6 +72,24 @@ def test_compare_writes_everything(tmp_path):
     assert again.exit_code == 0
     resumed = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert [a["train_seconds"] for a in resumed] == [a["train_seconds"] for a in arms]
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    words = ["--model", "resnet20", "--size", "8", "--epochs", "500", "--seeds", "1", "--remove", "1"]
+    words = [sys.executable, "-m", "pysparse_ticket.cli", "compare", *words, "--runs", str(tmp_path), "--name", "r"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "r" / "dense-seed0.checkpoint"
+    before = None
+    while process.poll() is None:  # until an epoch's checkpoint has replaced the first one
+        stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        if before and stamp != before:
+            break
+        before = before or stamp
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 130 and "compare --name r and the same options" in " ".join(message.split()), message
+    assert "Traceback" not in message and load(checkpoint)["step"] > 0
 
 
 @pytest.mark.parametrize(
