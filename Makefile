@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format wheel-test clean
+.PHONY: setup demo test bench lint format wheel-test clean
 
 setup: $(SETUP)
 
@@ -24,6 +24,10 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
+
+# every benchmark program (BENCH="layer_skip ..." for some), stored under benchmarks/results/; wants a quiet machine
+bench: $(SETUP)
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
