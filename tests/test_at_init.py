@@ -1,20 +1,10 @@
 import pytest
 import torch
+from nets import batch, resnet
 from torch import nn
 
 import pysparse_ticket as pst
-from pysparse_ticket.models import build
 from pysparse_ticket.structure import filter_chains, find_blocks
-
-
-def batch(n=8, size=8):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, 3, size, size, generator=generator), torch.arange(n) % 10
-
-
-def resnet(depth=32):
-    torch.manual_seed(0)
-    return build(f"resnet{depth}", 10, (3, 8, 8))
 
 
 @pytest.mark.parametrize(("depth", "candidates", "most"), [(32, 12, 9), (56, 24, 21), (20, 6, 3)])

@@ -5,21 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import batch, resnet
 from torch import nn
 
 import pysparse_ticket as pst
 from pysparse_ticket.measure import macs
-from pysparse_ticket.models import build
-
-
-def batch(n=8, size=8):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, 3, size, size, generator=generator), torch.arange(n) % 10
-
-
-def resnet(depth=20):
-    torch.manual_seed(0)
-    return build(f"resnet{depth}", 10, (3, 8, 8))
 
 
 def ticket_of(model, granularity, **options):
