@@ -35,6 +35,18 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   m.def(
       "masked_linear_backward(Tensor grad_y, Tensor packed_x, Tensor values, Tensor? y, Tensor schedule, "
       "Tensor t_schedule, int in_features, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // Chains of linear layers on tiles, flat tensors (csrc/cpu/masked_linear.h); x [samples, features]
+  m.def("linear_pack(Tensor x) -> Tensor");
+  m.def("linear_unpack(Tensor tiles, SymInt samples, SymInt features) -> Tensor");
+  m.def(
+      "tiled_linear(Tensor x, Tensor values, Tensor? bias, Tensor schedule, Tensor t_schedule, SymInt samples, "
+      "int in_features, int out_features, bool relu) -> Tensor");
+  // y: the output of a ReLU, if its gate is still to be applied to grad; gate_x: x is such an output, and its gate is applied
+  // to the gradient of x -> gradients of x, values and bias, each empty unless needed
+  m.def(
+      "tiled_linear_backward(Tensor grad, Tensor x, Tensor values, Tensor? y, Tensor schedule, Tensor t_schedule, "
+      "SymInt samples, int in_features, int out_features, bool gate_x, bool need_x, bool need_values, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
   // Chains of layers on batch tiles [ceil(n / 16), C, H + 2 halo, W + 2 halo, 16]
   m.def("tile_pack(Tensor x, int halo) -> Tensor");
   m.def("tile_unpack(Tensor tiles, SymInt n, int halo, bool channels_last) -> Tensor");

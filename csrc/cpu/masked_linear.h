@@ -46,6 +46,10 @@ struct LinearKernels {
                float* column_sums);
   // a tile's rows [r0, r1) -> row-major [samples, ld]
   void (*unpack)(Scalar, const float* src, int lanes, int samples, int r0, int r1, bool relu, void* dst, int64_t ld);
+  // features [k0, k1) of a tile: dst = src where gate > 0, else 0 (nothing is written without a gate); column_sums as above
+  void (*gate)(const float* src, const float* gate, int lanes, int k0, int k1, float* dst, float* column_sums);
+  // in place, a multiple of 16
+  void (*relu)(float* y, int64_t count);
   // y[row] (+)= weight * x[column] over one cell; the first column tile starts from the bias (or 0)
   void (*multiply)(const Schedule&, int column_tile, int chunk, const float* weights, const float* bias, const float* x,
                    int lanes, float* y);

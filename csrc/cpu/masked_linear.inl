@@ -102,6 +102,36 @@ static void unpack(Scalar type, const float* src, int lanes, int samples, int r0
   }
 }
 
+static void gate(const float* src, const float* gate, int lanes, int k0, int k1, float* dst, float* column_sums) {
+  for (int k = k0; k < k1; k += W) {
+    const int columns = k1 - k < W ? k1 - k : W;
+    V sums[W] = {};
+    for (int i = 0; i < columns; ++i) {
+      const int64_t at = int64_t(k + i) * lanes;
+      V sum = {};
+      for (int lane = 0; lane < lanes; lane += W) {
+        V v = load(src + at + lane);
+        if (gate) {
+          v = load(gate + at + lane) > 0 ? v : V{};
+          store(dst + at + lane, v);
+        }
+        sum += v;
+      }
+      sums[i] = sum;
+    }
+    if (!column_sums) continue;
+    const V total = reduce_rows(sums);
+    for (int i = 0; i < columns; ++i) column_sums[k + i] += total[i];
+  }
+}
+
+static void relu(float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += W) {
+    const V v = load(y + i);
+    store(y + i, v < 0 ? V{} : v);
+  }
+}
+
 template <int N>
 PST_INLINE void add_products(V* sums, float weight, const float* x) {
   const V w = splat(weight);
@@ -257,4 +287,4 @@ static void gather(const float* values, const int32_t* source, int64_t begin, in
   for (int64_t e = begin; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
 }
 
-constexpr LinearKernels KERNELS = {pack, unpack, multiply, sample, gather};
+constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, gather};

@@ -1,4 +1,5 @@
-"""Runs a traced model's masked convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles.
+"""Runs a traced model's masked convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles,
+and its runs of masked linear layers as others.
 
 The model's modules stay where they are and keep their names, parameters and buffers; only its ``forward`` changes, by a
 class that derives from the model's own. In the chain nothing is packed or unpacked between two of our layers.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.masked_conv2d import is_channels_last
 from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 from .layer_skip import LayerSkip
+from .linear_chain import chain_linears, find_linear_runs, linear_names
 from .masked_conv2d import MaskedConv2d
 
 
@@ -59,27 +61,37 @@ class _Tracer(torch.fx.Tracer):
 
 
 def tile_chain(model: nn.Module) -> nn.Module:
-    """Give the model a forward that runs its masked convolutions in batch tiles, and return it.
+    """Give the model a forward that runs its masked convolutions in batch tiles, its masked linear layers in tiles of
+    samples (``nn/linear_chain.py``), or both, and return it.
 
-    ValueError with the reason when it cannot be traced, has no two masked convolutions in a row, or takes more than
-    one input; the model is then as before.
+    ValueError with the reason when it cannot be traced, has no two of either in a row, or takes more than one input;
+    the model is then as before.
     """
+    graph, modules = _trace(model)
+    units, runs = _find_units(graph, modules), find_linear_runs(graph, modules, _is_relu)
+    if len(units) < 2 and not runs:
+        raise ValueError(
+            f"{type(model).__name__} has fewer than two masked convolutions, or linear layers in a row, to chain"
+        )
+    chain_linears(graph, runs)
+    if len(units) >= 2:
+        graph = _rewrite(graph, units, modules)
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)  # fx's own generated source, as torch.fx.GraphModule runs it
+    own = type(model)
+    model.__class__ = type(f"Tiled{own.__name__}", (TiledChain, own), {"_tiled_forward": namespace["forward"]})
+    return model
+
+
+def _trace(model: nn.Module) -> tuple[torch.fx.Graph, dict[str, nn.Module]]:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # tracing runs the user's code and may raise anything
         raise ValueError(f"{type(model).__name__} cannot be traced: {error}") from error
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise ValueError(f"{type(model).__name__} takes more than one input")
-    modules = dict(model.named_modules())
-    units = _find_units(graph, modules)
-    if len(units) < 2:
-        raise ValueError(f"{type(model).__name__} has fewer than two masked convolutions to chain")
-    code = _rewrite(graph, units, modules).python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)  # fx's own generated source, as torch.fx.GraphModule runs it
-    own = type(model)
-    model.__class__ = type(f"Tiled{own.__name__}", (TiledChain, own), {"_tiled_forward": namespace["forward"]})
-    return model
+    return graph, dict(model.named_modules())
 
 
 def untile(model: nn.Module) -> nn.Module:
@@ -242,5 +254,7 @@ def _mean(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
 
 
 def chained_layers(model: nn.Module) -> list[str]:
-    """Names of the masked convolutions that a tiled model runs in its chain."""
-    return [n for n, m in model.named_modules() if isinstance(m, MaskedConv2d) and not m.why_dense]
+    """Names of the masked layers that a tiled model runs in its chains; ValueError as :func:`tile_chain`."""
+    graph, modules = _trace(model)
+    convs = [n for n, m in modules.items() if isinstance(m, MaskedConv2d) and not m.why_dense]
+    return (convs if len(convs) >= 2 else []) + linear_names(find_linear_runs(graph, modules, _is_relu))

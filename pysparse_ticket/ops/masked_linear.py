@@ -92,6 +92,7 @@ def _setup(ctx, inputs, output) -> None:
     x, values, bias, schedule, t_schedule, _, relu, _ = inputs
     y, packed = output
     ctx.mark_non_differentiable(packed)
+    ctx.set_materialize_grads(False)  # or zeros as large as x are written for packed in each backward pass
     ctx.in_features = x.shape[-1]
     ctx.has_bias = bias is not None
     ctx.save_for_backward(packed, values, y if relu else None, schedule, t_schedule)
