@@ -38,11 +38,11 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   // Chains of linear layers on tiles, flat tensors (csrc/cpu/masked_linear.h); x [samples, features]
   m.def("linear_pack(Tensor x) -> Tensor");
   m.def("linear_unpack(Tensor tiles, SymInt samples, SymInt features) -> Tensor");
+  // gated: the ReLU's gate is already in the gradient that comes back; gate_x: x is such a ReLU's output
   m.def(
       "tiled_linear(Tensor x, Tensor values, Tensor? bias, Tensor schedule, Tensor t_schedule, SymInt samples, "
-      "int in_features, int out_features, bool relu) -> Tensor");
-  // y: the output of a ReLU, if its gate is still to be applied to grad; gate_x: x is such an output, and its gate is applied
-  // to the gradient of x -> gradients of x, values and bias, each empty unless needed
+      "int in_features, int out_features, bool relu, bool gated, bool gate_x) -> Tensor");
+  // y: the output of a ReLU that is not gated -> gradients of x, values and bias, each empty unless needed
   m.def(
       "tiled_linear_backward(Tensor grad, Tensor x, Tensor values, Tensor? y, Tensor schedule, Tensor t_schedule, "
       "SymInt samples, int in_features, int out_features, bool gate_x, bool need_x, bool need_values, bool need_bias) "

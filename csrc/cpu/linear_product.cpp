@@ -46,10 +46,17 @@ void Product::prepare(int64_t t, int k0, int k1, float* tile) const {
 template <class F>
 void Product::multiply(int64_t t0, int64_t t1, int c0, int c1, F tile) const {
   float* y = tiled ? static_cast<float*>(target) + t0 * out * TILE : scratch(0, (t1 - t0) * out * TILE);
+  const int64_t cells = int64_t(schedule.column_tiles) * (c1 - c0);
   for (int k = 0; k < schedule.column_tiles; ++k)
-    for (int64_t t = t0; t < t1; ++t)
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t next = t + t1 - t0;
+      Ahead ahead;
+      if (tiled && next < batch.tiles())
+        ahead = {static_cast<const float*>(source) + next * TILE * in, batch.lanes(next) * in};
       for (int c = c0; c < c1; ++c)
-        kernels.multiply(schedule, k, c, weights, bias, tile(t), batch.lanes(t), y + (t - t0) * out * TILE);
+        kernels.multiply(schedule, k, c, weights, bias, tile(t), batch.lanes(t), y + (t - t0) * out * TILE,
+                         ahead.part(int64_t(k) * (c1 - c0) + c - c0, cells));
+    }
   const int r0 = schedule.chunk_row[c0], r1 = schedule.chunk_row[c1];
   for (int64_t t = t0; t < t1; ++t, y += out * TILE) {
     if (!tiled) {
@@ -125,8 +132,14 @@ Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const flo
       std::fill(sums + s.position[cell], sums + s.position[cell + 1], 0.0f);
     });
     for (int64_t t = 0; t < batch.tiles(); ++t) {
+      Ahead x_next, dy_next;
+      if (t + 1 < batch.tiles()) {
+        x_next = {x + (t + 1) * TILE * in, batch.lanes(t + 1) * in};
+        dy_next = {dy + (t + 1) * TILE * out, batch.lanes(t + 1) * out};
+      }
       each_cell([&](int k, int c) {
-        kernels.sample(s, k, c, x + t * TILE * in, dy + t * TILE * out, batch.lanes(t), sums);
+        kernels.sample(s, k, c, x + t * TILE * in, dy + t * TILE * out, batch.lanes(t), sums,
+                       x_next.part(k * s.chunks + c, cells), dy_next.part(c * s.column_tiles + k, cells));
       });
     }
     each_cell([&](int k, int c) {

@@ -39,6 +39,19 @@ struct Schedule {
 
 enum class Scalar { f32, bf16 };
 
+// Memory that the next tile reads, brought into L2 bit by bit while a cell runs: columns come in random order, so the
+// hardware does not foresee them. Empty: nothing.
+struct Ahead {
+  const float* from = nullptr;
+  int64_t floats = 0;
+
+  // part i of n
+  Ahead part(int64_t i, int64_t n) const {
+    const int64_t begin = floats * i / n / 16 * 16, end = i + 1 == n ? floats : floats * (i + 1) / n / 16 * 16;
+    return {from + begin, end - begin};
+  }
+};
+
 struct LinearKernels {
   // row-major [samples, ld] -> a tile's columns [k0, k1); gate: take 0 where gate <= 0 (ReLU backward);
   // column_sums (or null) += sums over the samples
@@ -52,10 +65,10 @@ struct LinearKernels {
   void (*relu)(float* y, int64_t count);
   // y[row] (+)= weight * x[column] over one cell; the first column tile starts from the bias (or 0)
   void (*multiply)(const Schedule&, int column_tile, int chunk, const float* weights, const float* bias, const float* x,
-                   int lanes, float* y);
+                   int lanes, float* y, Ahead);
   // products[entry] += <x[column], dy[row]> over one cell
   void (*sample)(const Schedule&, int column_tile, int chunk, const float* x, const float* dy, int lanes,
-                 float* products);
+                 float* products, Ahead x_ahead, Ahead dy_ahead);
   // weights[e] = values[source[e]], 0 for padding, for e in [begin, end)
   void (*gather)(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights);
 };

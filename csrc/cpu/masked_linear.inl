@@ -163,10 +163,23 @@ PST_INLINE void multiply_rows(const int32_t* row, int length, const uint16_t* co
   }
 }
 
+// the next `share` floats of a stretch of memory into L2
+PST_INLINE void prefetch_share(const float*& from, const float* end, int64_t share) {
+  const float* stop = end - from < share ? end : from + share;
+  for (; from < stop; from += 16) __builtin_prefetch(from, 0, 2);
+}
+
+PST_INLINE int64_t share_of(const Ahead& ahead, int64_t groups) {
+  return groups ? (ahead.floats / groups + 15) / 16 * 16 : 0;
+}
+
 template <int N>
 static void multiply_lanes(const Group* g, const Group* end, const uint16_t* column, const float* weights,
-                           const float* bias, bool first, const float* x, int64_t lanes, float* y) {
+                           const float* bias, bool first, const float* x, int64_t lanes, float* y, Ahead ahead) {
+  const float *at = ahead.from, *stop = ahead.from + ahead.floats;
+  const int64_t share = share_of(ahead, end - g);
   for (; g < end; ++g) {
+    prefetch_share(at, stop, share);
     // the next group's sums, which the last column tile left in L2
     const Group* next = g + 1 < end ? g + 1 : g;
 #pragma GCC unroll 4
@@ -201,12 +214,13 @@ PST_INLINE void for_lanes(int lanes, F f) {
 }
 
 static void multiply(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
-                     const float* x, int lanes, float* y) {
+                     const float* x, int lanes, float* y, Ahead ahead) {
   const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
     multiply_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry,
-                                       weights + entry, bias, column_tile == 0, x + lane, lanes, y + lane);
+                                       weights + entry, bias, column_tile == 0, x + lane, lanes, y + lane,
+                                       lane ? Ahead() : ahead);
   });
 }
 
@@ -259,10 +273,15 @@ PST_INLINE void sample_rows(const Group& g, const uint16_t* column, const float*
 
 template <int N>
 static void sample_lanes(const Group* g, const Group* end, const uint16_t* column, const float* x, const float* dy,
-                         int64_t lanes, float* products) {
+                         int64_t lanes, float* products, Ahead x_ahead, Ahead dy_ahead) {
   Partials partials;
   partials.out = products;
+  const float *x_at = x_ahead.from, *x_stop = x_ahead.from + x_ahead.floats;
+  const float *dy_at = dy_ahead.from, *dy_stop = dy_ahead.from + dy_ahead.floats;
+  const int64_t x_share = share_of(x_ahead, end - g), dy_share = share_of(dy_ahead, end - g);
   for (; g < end; ++g) {
+    prefetch_share(x_at, x_stop, x_share);
+    prefetch_share(dy_at, dy_stop, dy_share);
     if (g->width == GROUP) {
       sample_rows<GROUP, N>(*g, column, x, dy, lanes, partials);
     } else {
@@ -274,12 +293,12 @@ static void sample_lanes(const Group* g, const Group* end, const uint16_t* colum
 }
 
 static void sample(const Schedule& s, int column_tile, int chunk, const float* x, const float* dy, int lanes,
-                   float* products) {
+                   float* products, Ahead x_ahead, Ahead dy_ahead) {
   const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
     sample_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry, x + lane,
-                                     dy + lane, lanes, products + entry);
+                                     dy + lane, lanes, products + entry, lane ? Ahead() : x_ahead, lane ? Ahead() : dy_ahead);
   });
 }
 

@@ -63,7 +63,7 @@ Tensor linear_unpack(Tensor tiles, int64_t samples, int64_t features) {
 }
 
 Tensor tiled_linear(Tensor x, Tensor values, std::optional<Tensor> bias, Tensor schedule, Tensor t_schedule,
-                    int64_t samples, int64_t in_features, int64_t out_features, bool relu) {
+                    int64_t samples, int64_t in_features, int64_t out_features, bool relu, bool, bool) {
   values = torch::stable::contiguous(values);
   if (bias) bias = torch::stable::contiguous(*bias);
   Product p{.batch = {samples}, .in = in_features, .out = out_features, .tiled = true};
