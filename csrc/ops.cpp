@@ -65,6 +65,26 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "Tensor row_ptr, Tensor col, Tensor t_row_ptr, Tensor t_col, Tensor t_perm, Tensor? weight, Tensor? bias, SymInt n, "
       "int halo, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool norm, bool batch_stats, bool relu, "
       "bool need_x, bool need_values, bool need_norm, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The same chain cut between convolution and norm: y = conv(act(norm(x) + residual)), where x is the convolution alone of
+  // the layer before and stats are its [3, C]; without stats y = conv(x). mean and var are those of y's own norm
+  // -> y [tiles, O, H + 2 halo, W + 2 halo, 16], its stats, the convolution's input (empty unless keep)
+  m.def(
+      "tiled_norm_conv2d(Tensor x, Tensor? stats, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, bool keep, "
+      "Tensor values, Tensor row_ptr, Tensor col, Tensor? mean, Tensor? var, SymInt n, int halo, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, float eps) -> (Tensor, Tensor, Tensor)");
+  // The gradient of y is grad * terms[0] + terms[1] + (y - mean) * terms[2], a channel each
+  // -> gradient of x and of the residual alike, terms of x's norm, [2, C] of its weight and bias, gradient of values
+  m.def(
+      "tiled_norm_conv2d_backward(Tensor grad, Tensor grad_terms, Tensor? pass_grad, Tensor y, Tensor y_stats, Tensor x, "
+      "Tensor? z, Tensor? stats, Tensor? weight, Tensor? bias, bool relu, bool batch_stats, Tensor values, Tensor row_ptr, "
+      "Tensor col, Tensor t_row_ptr, Tensor t_col, Tensor t_perm, SymInt n, int halo, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, bool need_x, bool need_values) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "tiled_norm(Tensor y, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, int halo, bool relu) -> Tensor");
+  // -> gradient behind the ReLU (empty without one), terms, [2, C] of weight and bias
+  m.def(
+      "tiled_norm_backward(Tensor grad, Tensor y, Tensor? z, Tensor stats, Tensor? weight, Tensor? bias, SymInt n, int halo, "
+      "bool relu, bool batch_stats) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CompositeExplicitAutograd, m) {

@@ -163,7 +163,7 @@ int64_t longest_row(const Walk& w, int64_t outputs) {
 }
 
 void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y, int64_t out0,
-                      int64_t out1, int64_t entries, float* acc, float* grad) {
+                      int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad) {
   for (int64_t o = out0; o < out1;) {
     int64_t next = o + 1;
     while (next < out1 && w.row_begin[next + 1] - w.row_begin[o] <= entries) ++next;
@@ -173,6 +173,8 @@ void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile
       RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
       a.out0 = int(o);
       a.out1 = int(next);
+      a.row0 = int(row0);
+      a.row1 = int(row1);
       a.acc = acc;
       a.acc0 = k0;
       tile_kernels().weight_grad(a);

@@ -59,12 +59,12 @@ std::vector<Walk> input_grad_walks(const ConvShape&, const Rows& transposed, con
 
 RowsArgs rows_args(const Walk&, const float* x, float* y, int64_t outputs, int64_t y_plane, const float* bias);
 
-// Adds one tile's products at the entries of outputs [out0, out1) to grad; acc holds 16 partial sums for `entries`
+// Adds one tile's products at the entries of outputs [out0, out1), over output rows [row0, row1), to grad; acc holds 16 partial sums for `entries`
 // entries, or for the longest row
 constexpr int64_t kAccEntries = 4096;  // 256 KB of a 2 MB L2
 int64_t longest_row(const Walk&, int64_t outputs);
 void weight_grad_rows(const Walk&, const float* x_tile, const float* grad_tile, const ConvShape&, const Plane& grad_plane,
-                      int64_t out0, int64_t out1, int64_t entries, float* acc, float* grad);
+                      int64_t out0, int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad);
 void sum_parts(const float* parts, int64_t count, int64_t size, float* out);
 
 // 64-byte aligned floats that no constructor touches

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
         if (need_input)
           for (int64_t b = 0; b < blocks; ++b) input_block(thread, t, tile, b);
         if (need_values)
-          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, kAccEntries, accs.get() + thread * acc_entries * kLanes,
+          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, 0, s.oh(), kAccEntries, accs.get() + thread * acc_entries * kLanes,
                            partial.get() + thread * nnz);
       }
     });
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
           const int64_t out0 = std::lower_bound(ptr, ptr + s.o + 1, nnz * part / threads) - ptr;
           const int64_t out1 = std::lower_bound(ptr, ptr + s.o + 1, nnz * (part + 1) / threads) - ptr;
           for (int64_t t = 0; t < tiles; ++t)
-            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1), kAccEntries,
+            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1), 0, s.oh(), kAccEntries,
                              accs.get() + thread * acc_entries * kLanes, partial.get() + part * nnz);
         }
       });

@@ -10,48 +10,9 @@
 #include "cpu/conv_plan.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
+#include "cpu/tiled_chain.h"
 
 namespace pst {
-
-
-// [tiles, C, H + 2 halo, W + 2 halo, 16]
-static Plane plane_of(const Tensor& t, int64_t halo) {
-  return {t.size(2) - 2 * halo, t.size(3) - 2 * halo, halo, halo, halo, halo};
-}
-
-static int lanes_of(int64_t n, int64_t tile) { return int(std::min<int64_t>(kLanes, n - tile * kLanes)); }
-
-static ConvShape shape_of(const Tensor& x, int64_t halo, int64_t n, int64_t o, const std::vector<int64_t>& kernel,
-                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                          const std::vector<int64_t>& dilation) {
-  const Plane p = plane_of(x, halo);
-  return {n,         x.size(1), p.h,        p.w,        o,           kernel[0],  kernel[1],
-          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-}
-
-// mean, 1 / sqrt(var + eps) and variance of a channel over tiles, from [tiles, channels, 3, 16] sums around origins
-static void combine_moments(const float* acc, int64_t tiles, int64_t channels, int64_t n, int64_t pixels, double eps, float* stats) {
-  const double count = double(n) * double(pixels);
-  for (int64_t c = 0; c < channels; ++c) {
-    double total = 0, spread = 0;
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int l = 0; l < lanes_of(n, t); ++l) {
-        const float* a = acc + (t * channels + c) * 3 * kLanes + l;
-        total += double(a[0]) * double(pixels) + double(a[kLanes]);
-      }
-    const double mean = total / count;
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int l = 0; l < lanes_of(n, t); ++l) {
-        const float* a = acc + (t * channels + c) * 3 * kLanes + l;
-        const double shift = double(a[0]) - mean;
-        spread += double(a[2 * kLanes]) + 2 * shift * double(a[kLanes]) + shift * shift * double(pixels);
-      }
-    const double var = std::max(0.0, spread / count);
-    stats[c] = float(mean);
-    stats[channels + c] = float(1 / std::sqrt(var + eps));
-    stats[2 * channels + c] = float(var);
-  }
-}
 
 // -> z, y (the convolution alone, no halo), stats [3, O]: mean, 1 / sqrt(var + eps), biased variance
 std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& values, const Tensor& row_ptr, const Tensor& col,
@@ -106,12 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
     std::fill(st + s.o, st + 3 * s.o, 1.f);
     if (!relu && !res) return {z, y, stats};
   } else {
-    const float *m = mean->const_data_ptr<float>(), *v = var->const_data_ptr<float>();
-    for (int64_t o = 0; o < s.o; ++o) {
-      st[o] = m[o];
-      st[s.o + o] = float(1 / std::sqrt(double(v[o]) + eps));
-      st[2 * s.o + o] = v[o];
-    }
+    given_moments(mean->const_data_ptr<float>(), var->const_data_ptr<float>(), s.o, eps, st);
   }
 
   parallel_ranges(tiles * parts, threads, [&](int64_t, int64_t begin, int64_t end) {
@@ -203,22 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
       kernels.norm_sums(a);
     }
   }, s.o);
-  float* dn = dnorm.mutable_data_ptr<float>();
-  std::vector<float> constant(s.o), slope(s.o);
-  const double count = double(n) * double(oh * ow);
-  for (int64_t o = 0; o < s.o; ++o) {
-    double sum = 0, product = 0;
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int l = 0; l < lanes_of(n, t); ++l) {
-        sum += sums.get()[(t * s.o + o) * 2 * kLanes + l];
-        product += sums.get()[((t * s.o + o) * 2 + 1) * kLanes + l];
-      }
-    const double inv = st[s.o + o], scale = (w ? w[o] : 1.f) * inv;
-    dn[o] = float(product * inv);
-    dn[s.o + o] = float(sum);
-    constant[o] = batch_stats ? float(-scale * sum / count) : 0.f;
-    slope[o] = batch_stats ? float(-scale * inv * inv * product / count) : 0.f;
-  }
+  std::vector<float> terms(3 * s.o);
+  norm_terms(sums.get(), s.o, n, oh * ow, st, w, batch_stats, dnorm.mutable_data_ptr<float>(), terms.data());
 
   // pass 2, a tile at a time: gradient of y in a halo, input gradient, weight gradient
   std::vector<Walk> input_walks;
@@ -251,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
           }
           a.out = tile + o * g_plane.floats() + g_plane.origin();
           a.out_row = g_plane.row();
-          a.constant = constant[o];
-          a.slope = slope[o];
+          a.constant = terms[s.o + o];
+          a.slope = terms[2 * s.o + o];
           kernels.norm_grad(a);
         }
         if (need_x) {
@@ -266,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
           }
         }
         if (need_values)
-          weight_grad_rows(walk, in + t * x_floats, tile, s, g_plane, 0, s.o, kAccEntries,
+          weight_grad_rows(walk, in + t * x_floats, tile, s, g_plane, 0, s.o, 0, oh, kAccEntries,
                            accs.get() + thread * acc_entries * kLanes, partial.get() + thread * nnz);
       }
     });

@@ -4,7 +4,7 @@ static inline __attribute__((always_inline)) V max0(V v) {
   return v > 0.f ? v : V{};
 }
 
-template <bool Residual, bool Relu>
+template <bool Residual, bool Relu, bool Out, bool Hot>
 static void norm_act_plane(const NormPlane& args) {
   const NormPlane a = args;  // a copy, since a store may alias what the reference points at
   for (int sub = 0; sub < kSub; ++sub) {
@@ -13,27 +13,39 @@ static void norm_act_plane(const NormPlane& args) {
     for (int64_t r = 0; r < a.rows; ++r) {
       const float* y = a.y + r * a.y_row + s;
       const float* g = Residual ? a.g + r * a.g_row + s : nullptr;
-      float* z = a.out + r * a.out_row + s;
-      for (int64_t i = 1; i <= a.out_halo; ++i) {
-        store(z - i * kLanes, V{});
-        store(z + (a.cols + i - 1) * kLanes, V{});
-      }
+      float* z = Out ? a.out + r * a.out_row + s : nullptr;
+      float* hot = Hot ? a.hot + r * a.hot_row + s : nullptr;
+      if (Out)
+        for (int64_t i = 1; i <= a.out_halo; ++i) {
+          store(z - i * kLanes, V{});
+          store(z + (a.cols + i - 1) * kLanes, V{});
+        }
 #pragma GCC unroll 4
       for (int64_t i = 0; i < a.cols * kLanes; i += kLanes) {
         V v = load(y + i) * scale + shift;
         if (Residual) v += load(g + i);
-        stream(z + i, Relu ? max0(v) : v);
+        if (Relu) v = max0(v);
+        if (Out) stream(z + i, v);
+        if (Hot) store(hot + i, v);
       }
     }
   }
 }
 
-static void norm_act(const NormPlane& a) {
+template <bool Out, bool Hot>
+static void norm_act_to(const NormPlane& a) {
   if (a.g)
-    a.relu ? norm_act_plane<true, true>(a) : norm_act_plane<true, false>(a);
+    a.relu ? norm_act_plane<true, true, Out, Hot>(a) : norm_act_plane<true, false, Out, Hot>(a);
   else
-    a.relu ? norm_act_plane<false, true>(a) : norm_act_plane<false, false>(a);
-  stream_end();
+    a.relu ? norm_act_plane<false, true, Out, Hot>(a) : norm_act_plane<false, false, Out, Hot>(a);
+  if (Out) stream_end();
+}
+
+static void norm_act(const NormPlane& a) {
+  if (a.hot)
+    a.out ? norm_act_to<true, true>(a) : norm_act_to<false, true>(a);
+  else
+    norm_act_to<true, false>(a);
 }
 
 enum Gate { kOpen, kByOutput, kByInput };

@@ -28,6 +28,12 @@ struct RowsArgs {
   const float* start;     // added to the products, laid out as y; or null
   float* moments;         // per output [3][16]: origin, sums of y - origin and of its square; or null
   bool fresh;             // moments start at output pixel (0, 0)
+  // behind a norm and a ReLU: the value is kept where that ReLU was open, and summed for the norm's gradient
+  const float* gate_y;    // the norm's input, laid out as y; or null
+  const float* gate_z;    // the ReLU's output, laid out as y; null: its sign is recomputed from gate_y
+  const float *gate_scale, *gate_shift, *gate_mean;  // per output: normalised = gate_y * scale + shift
+  float* gate_sums;       // per output [2][16], added to: of the kept values, of those times (gate_y - mean)
+  bool relu;
   float* acc;             // weight gradient: 16 partial sums an entry, entry acc0 first
   int64_t acc0;
 };
@@ -37,8 +43,9 @@ struct NormPlane {
   const float* y;        // convolution output
   const float* g;        // gradient of the output; the residual input in norm_act
   const float* z;        // the layer's output, rows as g, where the ReLU reads it; null: recomputed from y
-  float* out;
-  int64_t y_row, g_row, out_row, rows, cols;
+  float* out;            // null: norm_act writes hot alone
+  float* hot;            // norm_act's result once more, for a reader that comes at once; or null
+  int64_t y_row, g_row, out_row, hot_row, rows, cols;
   int64_t out_halo;      // zeros left and right of each row of out
   float scale, shift;    // y * scale + shift is the normalised value
   float mean, constant, slope;  // gradient of y: g * scale + constant + (y - mean) * slope

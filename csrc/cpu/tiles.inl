@@ -51,7 +51,8 @@ static void rows_block(const RowsArgs& a, int row, int col) {
     const int32_t* end = begin + a.outputs;
     for (int o = a.out0; o < a.out1; ++o) {
       const int32_t k0 = begin[o], k1 = end[o];
-      if (b && k0 == k1 && !(a.moments && b + 1 == a.blocks)) continue;
+      const bool last = b + 1 == a.blocks;
+      if (b && k0 == k1 && !(last && (a.moments || a.gate_y))) continue;
       for (int sub = 0; sub < kSub; ++sub) {
         float* out = y + o * a.y_plane + sub * PST_VL;
         const float* in = x + sub * PST_VL;
@@ -77,7 +78,7 @@ static void rows_block(const RowsArgs& a, int row, int col) {
             if (r + 1 < R) p = in_register(p + x_row);
           }
         }
-        if (a.moments && b + 1 == a.blocks) {
+        if (last && a.moments) {
           float* m = a.moments + o * 3 * kLanes + sub * PST_VL;
           const bool first = a.fresh && row == 0 && col == 0;
           // sums around the first pixel, so that a mean far from zero costs no digits
@@ -92,6 +93,29 @@ static void rows_block(const RowsArgs& a, int row, int col) {
           store(m, origin);
           store(m + kLanes, sum);
           store(m + 2 * kLanes, square);
+        }
+        if (last && a.gate_y) {
+          const int64_t at = out - a.y;
+          const V scale = splat(a.gate_scale[o]), shift = splat(a.gate_shift[o]), mean = splat(a.gate_mean[o]);
+          float* sums = a.gate_sums + o * 2 * kLanes + sub * PST_VL;
+          V sum = load(sums), product = load(sums + kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) {
+              const int64_t pixel = at + r * y_row + q * y_pix;
+              const V yv = load(a.gate_y + pixel);
+              V v = acc[r * Q + q];
+              if (a.relu) {
+                const V z = a.gate_z ? load(a.gate_z + pixel) : yv * scale + shift;
+                v = z > 0.f ? v : V{};
+              }
+              sum += v;
+              product += v * (yv - mean);
+              acc[r * Q + q] = v;
+            }
+          store(sums, sum);
+          store(sums + kLanes, product);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..ops.masked_conv2d import is_channels_last
 from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
+from ..ops.tiled_norm_conv2d import Raw, tiled_norm, tiled_norm_conv2d
 from .layer_skip import LayerSkip
 from .linear_chain import chain_linears, find_linear_runs, linear_names
 from .masked_conv2d import MaskedConv2d
@@ -91,7 +92,9 @@ def _trace(model: nn.Module) -> tuple[torch.fx.Graph, dict[str, nn.Module]]:
         raise ValueError(f"{type(model).__name__} cannot be traced: {error}") from error
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:
         raise ValueError(f"{type(model).__name__} takes more than one input")
-    return graph, dict(model.named_modules())
+    modules = dict(model.named_modules())
+    _drop_identities(graph, modules)
+    return graph, modules
 
 
 def untile(model: nn.Module) -> nn.Module:
@@ -172,46 +175,45 @@ def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: 
     new = torch.fx.Graph()
     plain: dict[torch.fx.Node, torch.fx.Node] = {}
     tiled: dict[torch.fx.Node, torch.fx.Node] = {}
+    raw: dict[torch.fx.Node, torch.fx.Node] = {}  # outputs of units with a norm, until something reads them
     root: torch.fx.Node | None = None
 
     def as_plain(node: torch.fx.Node) -> torch.fx.Node:
         if node not in plain:
-            plain[node] = new.call_function(_unpack, (tiled[node], root, halo))
+            plain[node] = new.call_function(_unpack, (as_tiled(node), root, halo))
         return plain[node]
 
     def as_tiled(node: torch.fx.Node) -> torch.fx.Node:
+        if node in raw:
+            tiled[node] = new.call_function(_norm, (raw.pop(node), root, halo))
         if node not in tiled:
             tiled[node] = new.call_function(tile_pack, (plain[node], halo))
         return tiled[node]
 
     for node in graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
-        passes = node.op == "call_module" and isinstance(modules[node.target], LayerSkip | nn.Identity)
         mean = _is_global_mean(node, modules)
         if node in inner:
             continue
         if node in units:
             unit = units[node]
             read = unit.conv.args[0]
-            out = new.call_function(
-                _run,
-                (
-                    as_tiled(read),
-                    root,
-                    halo,
-                    new.get_attr(unit.conv.target),
-                    new.get_attr(unit.norm) if unit.norm else None,
-                    as_tiled(unit.residual) if unit.residual else None,
-                    unit.relu,
-                ),
-            )
-            tiled[node] = new.call_function(operator.getitem, (out, 0))
+            keep = len(read.users) > 1
+            residual = as_tiled(unit.residual) if unit.residual else None
+            conv = new.get_attr(unit.conv.target)
+            if unit.norm:
+                given = raw.pop(read) if read in raw else as_tiled(read)
+                norm = new.get_attr(unit.norm)
+                out = new.call_function(_run_raw, (given, root, halo, conv, norm, residual, unit.relu, keep))
+                raw[node] = new.call_function(operator.getitem, (out, 0))
+            else:
+                out = new.call_function(_run, (as_tiled(read), root, halo, conv, residual, unit.relu))
+                tiled[node] = new.call_function(operator.getitem, (out, 0))
             # later readers of the input take it from here: their gradient joins inside the input gradient's kernel
-            tiled[read] = new.call_function(operator.getitem, (out, 1))
-        elif source in tiled and passes:
-            tiled[node] = tiled[source]
-        elif source in tiled and mean:
-            flat = new.call_function(_mean, (tiled[source], root, halo))
+            if keep:
+                tiled[read] = new.call_function(operator.getitem, (out, 1))
+        elif mean and (source in tiled or source in raw):
+            flat = new.call_function(_mean, (as_tiled(source), root, halo))
             plain[node] = flat if mean == "flat" else new.call_function(operator.getitem, (flat, (..., None, None)))
         else:
             plain[node] = new.node_copy(node, as_plain)
@@ -220,29 +222,41 @@ def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: 
     return new
 
 
+def _drop_identities(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], LayerSkip | nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _arguments(x: Tensor | Raw, root: Tensor, halo: int, conv: MaskedConv2d) -> tuple:
+    return (
+        x, root.shape[0], halo, conv.packed_values(), conv.pattern, conv.stride, conv.padding_pair, conv.dilation,
+    )  # fmt: skip
+
+
 def _run(
-    x: Tensor,
+    x: Tensor, root: Tensor, halo: int, conv: MaskedConv2d, residual: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    return tiled_conv2d(*_arguments(x, root, halo, conv), bias=conv.bias, residual=residual, relu=relu)
+
+
+def _run_raw(
+    x: Tensor | Raw,
     root: Tensor,
     halo: int,
     conv: MaskedConv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: nn.BatchNorm2d,
     residual: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    return tiled_conv2d(
-        x,
-        root.shape[0],
-        halo,
-        conv.packed_values(),
-        conv.pattern,
-        conv.stride,
-        conv.padding_pair,
-        conv.dilation,
-        bias=conv.bias,
-        norm=norm,
-        residual=residual,
-        relu=relu,
-    )
+    keep: bool,
+) -> tuple[Raw, Tensor | None]:
+    arguments = _arguments(x, root, halo, conv)
+    return tiled_norm_conv2d(*arguments, bias=conv.bias, norm=norm, residual=residual, relu=relu, keep=keep)
+
+
+def _norm(raw: Raw, root: Tensor, halo: int) -> Tensor:
+    return tiled_norm(raw, root.shape[0], halo)
 
 
 def _unpack(tiles: Tensor, root: Tensor, halo: int) -> Tensor:

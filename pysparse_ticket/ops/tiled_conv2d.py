@@ -117,51 +117,63 @@ def tiled_conv2d(
     one: its gradient is then added inside the input gradient's kernel instead of in a pass over memory of its own.
     Raises ValueError on shapes that do not fit and on a halo that is too small.
     """
-    _check_cpu(x)
-    channels, kernel_size = pattern.shape[1], pattern.shape[2:]
-    if x.dim() != 5 or x.shape[0] != _tiles(n) or x.shape[1] != channels or x.shape[4] != LANES:
-        raise ValueError(f"tiled_conv2d needs tiles [{_tiles(n)}, {channels}, Hp, Wp, 16], not {tuple(x.shape)}")
-    size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
-    out = output_size(size, kernel_size, stride, padding, dilation)
-    if max(padding) > halo:
-        raise ValueError(f"a padding of {padding} needs a halo of {max(padding)}, not {halo}")
-    if min(out) < 1:
-        raise ValueError(f"an image of {size[0]}x{size[1]} is smaller than the kernel; use more padding")
-    outputs = pattern.shape[0]
+    out = _check_input(x, n, halo, pattern, stride, padding, dilation, residual)
     if residual is not None:
-        shape = (x.shape[0], outputs, out[0] + 2 * halo, out[1] + 2 * halo, LANES)
-        if residual.shape != shape:
-            raise ValueError(f"the residual has shape {tuple(residual.shape)}, the output {shape}")
         residual = residual.contiguous()
     x = x.contiguous()
 
     def run(weight, shift, mean, var, eps):
         return _TiledConv2d.apply(
             x, values, weight, shift, mean, var, residual, *pattern.tensors, n, halo,
-            (kernel_size, stride, padding, dilation), norm is not None, eps, relu,
+            (pattern.shape[2:], stride, padding, dilation), norm is not None, eps, relu,
         )  # fmt: skip
 
     if norm is None:
         z, again, _ = run(None, bias, None, None, 0.0)
         return z, again
+    weight, shift, mean, var = _norm_arguments(norm, bias)
+    z, again, stats = run(weight, shift, mean, var, norm.eps)
+    if norm.training and norm.running_mean is not None:
+        _update_running(norm, stats, bias, n * out[0] * out[1])
+    return z, again
+
+
+def _check_input(
+    x: Tensor, n: int, halo: int, pattern: Pattern, stride: Pair, padding: Pair, dilation: Pair, residual: Tensor | None
+) -> Pair:
+    """Size of the output's images."""
+    _check_cpu(x)
+    outputs, channels = pattern.shape[:2]
+    if x.dim() != 5 or x.shape[0] != _tiles(n) or x.shape[1] != channels or x.shape[4] != LANES:
+        raise ValueError(f"tiled_conv2d needs tiles [{_tiles(n)}, {channels}, Hp, Wp, 16], not {tuple(x.shape)}")
+    size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
+    out = output_size(size, pattern.shape[2:], stride, padding, dilation)
+    if max(padding) > halo:
+        raise ValueError(f"a padding of {padding} needs a halo of {max(padding)}, not {halo}")
+    if min(out) < 1:
+        raise ValueError(f"an image of {size[0]}x{size[1]} is smaller than the kernel; use more padding")
+    shape = (x.shape[0], outputs, out[0] + 2 * halo, out[1] + 2 * halo, LANES)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"the residual has shape {tuple(residual.shape)}, the output {shape}")
+    return out
+
+
+def _norm_arguments(
+    norm: nn.BatchNorm2d, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, shift, mean and variance of a norm behind a convolution's bias; no mean: the batch's own."""
     if norm.training or norm.running_mean is None:
         # a constant before batch statistics changes nothing but the running mean: its gradient is zero, not absent
         shift = norm.bias
         if bias is not None and bias.requires_grad:
             shift = bias * 0.0 if shift is None else torch.add(shift, bias, alpha=0.0)
-        z, again, stats = run(norm.weight, shift, None, None, norm.eps)
-        if norm.training and norm.running_mean is not None:
-            _update_running(norm, stats, bias, n * out[0] * out[1])
-        return z, again
-    mean = norm.running_mean
+        return norm.weight, shift, None, None
     if bias is None:
-        z, again, _ = run(norm.weight, norm.bias, mean, norm.running_var, norm.eps)
-        return z, again
+        return norm.weight, norm.bias, norm.running_mean, norm.running_var
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = bias * scale if norm.bias is None else torch.addcmul(norm.bias, bias, scale)
-    z, again, _ = run(norm.weight, shift, mean, norm.running_var, norm.eps)
-    return z, again
+    return norm.weight, shift, norm.running_mean, norm.running_var
 
 
 @torch.no_grad()
