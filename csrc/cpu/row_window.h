@@ -4,7 +4,7 @@
 
 namespace pst {
 
-constexpr int64_t kWindowFloats = 384 * 1024 / 4;  // of a 2 MB L2, beside what streams through it
+constexpr int64_t kWindowFloats = 256 * 1024 / 4;  // of a 2 MB L2, beside what streams through it
 
 class RowWindow {
  public:

@@ -4,7 +4,7 @@ A layer's convolution is handed on as it is (:class:`Raw`), with the statistics 
 normalises, adds the residual and applies the ReLU to the few rows that it is about to read; in backward its input
 gradient's kernel applies the ReLU's gate and gathers the norm's two sums as it stores.
 
-Between the ops the gradient of a Raw's convolution is in two parts: with g its gradient behind the ReLU, the gradient of
+Between the ops the gradient of a Raw's convolution is in two parts: with g the gradient behind the ReLU, that of
 channel c is ``g * t[0, c] + t[1, c] + (conv - mean[c]) * t[2, c]``, where t travels as the gradient of ``stats``. Only
 this file sees either tensor.
 """
@@ -53,9 +53,7 @@ class _NormConv2d(torch.autograd.Function):
         ctx.rest = (relu, batch_stats, n, halo, geometry)
         ctx.set_materialize_grads(False)
         stored = z if stats is not None and keep else None
-        ctx.save_for_backward(
-            y, own, x, stored, stats, weight, bias, values, row_ptr, col, t_row_ptr, t_col, t_perm
-        )  # fmt: skip
+        ctx.save_for_backward(y, own, x, stored, stats, weight, bias, values, row_ptr, col, t_row_ptr, t_col, t_perm)
         return y, own, x if stats is None else z
 
     @staticmethod
@@ -70,8 +68,8 @@ class _NormConv2d(torch.autograd.Function):
         if again is not None:
             again = again.contiguous()
         dx, dterms, dnorm, dvalues = _ops.tiled_norm_conv2d_backward(
-            grad.contiguous(), terms.contiguous(), again, y, own, x, z, stats, weight, bias, relu, batch_stats, *rest, n,
-            halo, *geometry, need_x, ctx.needs_input_grad[5],
+            grad.contiguous(), terms.contiguous(), again, y, own, x, z, stats, weight, bias, relu, batch_stats, *rest,
+            n, halo, *geometry, need_x, ctx.needs_input_grad[5],
         )  # fmt: skip
         return (
             dx if need_x else None,
@@ -112,9 +110,7 @@ class _Norm(torch.autograd.Function):
 
 def tiled_norm(raw: Raw, n: int, halo: int) -> Tensor:
     """The tiles that a Raw of n samples stands for."""
-    return _Norm.apply(
-        raw.conv, raw.stats, raw.weight, raw.bias, raw.residual, raw.relu, raw.batch_stats, n, halo
-    )  # fmt: skip
+    return _Norm.apply(raw.conv, raw.stats, raw.weight, raw.bias, raw.residual, raw.relu, raw.batch_stats, n, halo)
 
 
 def tiled_norm_conv2d(
