@@ -17,7 +17,7 @@ AGGREGATES = ("sum", "mean")
 
 
 def aggregate(score: Tensor, how: str, dim: Sequence[int] | None = None) -> Tensor:
-    """Sum or mean of the scores of the weights in a piece, in float64 (papers.md 1.4 leaves the choice open)."""
+    """Sum or mean of the scores of the weights in a piece, in float64 (Jordao et al. 2023 leave it open)."""
     if how not in AGGREGATES:
         raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")
     reduce = torch.sum if how == "sum" else torch.mean

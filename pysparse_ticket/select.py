@@ -61,7 +61,7 @@ def drop_lowest_blocks(
 ) -> list[str]:
     """The ``remove`` lowest-scored blocks, lowest first, skipping a block whose stage would keep fewer than ``keep``.
 
-    stages {block: its stage}, stage_sizes {stage: blocks in it, removable or not}. papers.md 1.3.
+    stages {block: its stage}, stage_sizes {stage: blocks in it, removable or not}. Jordao et al. 2023, A.1.
     """
     left = dict(stage_sizes)
     dropped: list[str] = []

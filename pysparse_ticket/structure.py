@@ -24,7 +24,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Every block in the order of execution, and those that may be removed (papers.md 1.3)."""
+    """Every block in the order of execution, and those that may be removed (Jordao et al. 2023, A.1)."""
 
     all: tuple[Block, ...]
     candidates: tuple[str, ...]

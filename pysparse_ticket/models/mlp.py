@@ -1,4 +1,4 @@
-"""Fully connected networks: LeNet-300-100 and the MLP-n of the Elastic LTH paper (papers.md 2.3 and 3.4, Table 5)."""
+"""Fully connected networks: LeNet-300-100 and the MLP-n of the Elastic LTH paper (Chen et al. 2021, Table 5)."""
 
 from __future__ import annotations
 

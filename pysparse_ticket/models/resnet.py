@@ -1,4 +1,4 @@
-"""The ResNets of CIFAR: three stages of two-convolution blocks at 16, 32 and 64 channels (papers.md 1.7 and 3.1)."""
+"""The ResNets of CIFAR: three stages of two-convolution blocks at 16, 32 and 64 channels (He et al. 2016, 4.2)."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ def _mean_gradient(twin: nn.Module, weights: dict[str, nn.Parameter], batches: l
 def snip(
     model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
 ) -> dict[str, Tensor]:
-    """|theta dL/dtheta|, on the model's own weights (Lee et al. 2019; papers.md 4).
+    """|theta dL/dtheta|, on the model's own weights (SNIP, Lee et al. 2019).
 
-    ``bn_mode`` says whether batch norm uses batch or running statistics: it moves 13% of a 10% mask (papers.md 7).
+    ``bn_mode`` says whether batch norm uses batch or running statistics: it moved 13% of a 10% mask.
     """
     twin, weights = _scoring_copy(model, bn_mode)
     grads = _mean_gradient(twin, weights, _batches(batches), loss)
@@ -62,7 +62,7 @@ def snip(
 def grasp_signed(
     model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
 ) -> dict[str, Tensor]:
-    """theta dL/dtheta with its sign: reading (b) of "a variant of SNIP that considers the sign" (papers.md 1.4)."""
+    """theta dL/dtheta with its sign: reading (b) of "a variant of SNIP that considers the sign" (Jordao et al. 2023, 4)."""
     twin, weights = _scoring_copy(model, bn_mode)
     grads = _mean_gradient(twin, weights, _batches(batches), loss)
     return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
@@ -77,7 +77,7 @@ def grasp(
     temperature: float = 200.0,
     **_,
 ) -> dict[str, Tensor]:
-    """theta (.) Hg, signed (Wang et al. 2020; reading (a) of papers.md 1.4), logits divided by ``temperature``.
+    """theta (.) Hg, signed (Wang et al. 2020; reading (a) of Jordao et al. 2023, 4), logits divided by ``temperature``.
 
     GraSP scores -theta Hg and removes the highest; the worth here is its negative, so the lowest go first. g is the
     gradient over all batches, and Hg is summed batch by batch against that g held constant. Double backward: the

@@ -1,4 +1,4 @@
-"""Tickets at initialisation: one score, one granularity, one shot (papers.md 1.2, algorithm 2, and 4)."""
+"""Tickets at initialisation: one score, one granularity, one shot (Jordao et al. 2023, algorithm 2)."""
 
 from __future__ import annotations
 
