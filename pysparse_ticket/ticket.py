@@ -173,7 +173,7 @@ def clone_state(model: nn.Module) -> dict[str, Tensor]:
 def overlap(*tickets: Ticket | Mapping[str, Tensor]) -> dict[str, float]:
     """How much two or more tickets share: ``overlap``, ``iou`` and ``chance``.
 
-    ``overlap`` = |intersection of all| / |first|, as Vandersmissen et al. 2023 have it for three; ``iou`` divides by the
+    ``overlap`` = |intersection of all| / |first|, after Vandersmissen et al. 2023; ``iou`` divides by the
     union; ``chance`` is the overlap that independent random masks with the same density in each tensor would have.
     """
     if len(tickets) < 2:

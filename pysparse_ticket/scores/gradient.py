@@ -62,7 +62,7 @@ def snip(
 def grasp_signed(
     model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
 ) -> dict[str, Tensor]:
-    """theta dL/dtheta with its sign: reading (b) of "a variant of SNIP that considers the sign" (Jordao et al. 2023, 4)."""
+    """theta dL/dtheta with its sign: reading (b) of GraSP as Jordao et al. 2023 describe it."""
     twin, weights = _scoring_copy(model, bn_mode)
     grads = _mean_gradient(twin, weights, _batches(batches), loss)
     return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
