@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .files import write_whole
 from .measure import interleave
+from .structure import eval_mode
 from .ticket import fingerprint
 
 SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
@@ -118,17 +119,6 @@ class Site:
         return x.requires_grad_(self.needs_input_grad)
 
 
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module):
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def find_sites(model: nn.Module, sample: Tensor, names: list[str]) -> dict[str, Site]:
     """Run the sample once, in eval mode, and record each named layer's first input."""
     sites: dict[str, Site] = {}
@@ -142,7 +132,7 @@ def find_sites(model: nn.Module, sample: Tensor, names: list[str]) -> dict[str, 
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     try:
-        with _eval_mode(model), torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             model(sample)
     finally:
         for handle in handles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +43,18 @@ class Blocks:
         return sizes
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode within it, each back in its own mode after it."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def find_blocks(model: nn.Module, sample: Tensor, strict: bool = False) -> Blocks:
     """Run ``sample`` and list the blocks of the model's Sequential and ModuleList containers.
 
@@ -72,16 +86,12 @@ def find_blocks(model: nn.Module, sample: Tensor, strict: bool = False) -> Block
                 calls.append((name, args[0].shape, output.shape))
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))
-    was_training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(sample)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in was_training.items():
-            module.training = mode
 
     blocks: list[Block] = []
     stage, previous = "", None

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pysparse_ticket.ops.library import backend_of, cpu_isa
+from pysparse_ticket.ops.library import backend_of
 from pysparse_ticket.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from pysparse_ticket.ops.pattern import Pattern
 
@@ -66,33 +66,12 @@ def check(x, values, bias, pattern, geometry, grad_like=None, seed=1):
     return y, mine
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    try:
-        cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu_isa("")
-
-
 @pytest.fixture(params=[1, 2, 3], ids=lambda n: f"{n} threads")
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def poison():
-    """Fresh memory holds NaN, so that whatever a kernel forgets to write shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,27 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pysparse_ticket.ops.library import cpu_isa
 from pysparse_ticket.ops.pattern import Pattern
 from pysparse_ticket.ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    try:
-        cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu_isa("")
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fresh memory holds NaN, so that whatever a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def close(got, want, terms, name):
