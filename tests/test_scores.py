@@ -119,5 +119,5 @@ def test_bad_input_is_refused():
     for score in SCORES.values():
         with pytest.raises(ValueError, match=r"fc\.weight holds NaN"):
             score(model, BATCH)
-    with pytest.raises(ValueError, match="no convolution or linear layer"):
+    with pytest.raises(ValueError, match="no Linear or Conv2d weight of its own"):
         magnitude(nn.Sequential(nn.ReLU()))

@@ -20,12 +20,15 @@ FORMATS = (*LAYER_FORMATS, "tiled")
 
 
 def choose_layer(
-    name: str, module: nn.Module, mask: Tensor, fmt: str, site: Site | None, cache: PlanCache
+    name: str, module: nn.Module, mask: Tensor, fmt: str, site: Site | None, cache: PlanCache, insist: bool
 ) -> tuple[MaskedModule, LayerPlan]:
-    """The masked twin of a dense layer in the format asked for or, with a site to time it at, the fastest one."""
+    """The masked twin of a dense layer in the format asked for or, with a site to time it at, the fastest one.
+
+    A layer that cannot be packed runs dense; with ``insist`` asking for it is an error.
+    """
     masked = MASKED[type(module)].from_dense(module, mask)
     row = LayerPlan(name, type(module).__name__.lower(), site.shape if site else (), masked.sparsity, masked.format)
-    if fmt in LAYER_FORMATS:
+    if fmt in LAYER_FORMATS and (insist or not masked.why_dense):
         masked.set_format(fmt)
         row.format, row.why = fmt, "asked for"
         return masked, row

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..planner import LayerPlan, Plan, PlanCache, find_sites
+from ..scores import prunable
 from ..structure import FilterChain, filter_chains
 from ..ticket import Ticket
 from .chain import untile
-from .choose import FORMATS, MASKED, choose_layer, choose_model
+from .choose import FORMATS, choose_layer, choose_model
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
@@ -34,8 +35,8 @@ def sparsify(
                whole step is raced dense, layer by layer, and with the masked convolutions in one chain of batch tiles
                (``nn/chain.py``), and the fastest kept. Without it every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
-    plan       "auto", "packed", "dense" or "tiled" for all masked layers, or {layer name: format}, as for a rerun
-               that must take the same kernels to end with the same bits
+    plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense);
+               or {layer name: format}, as for a rerun that must take the same kernels to end with the same bits
 
     Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.
@@ -47,7 +48,8 @@ def sparsify(
     x = sample[0] if isinstance(sample, tuple | list) else sample
     owners = _mask_owners(model, ticket)
     chains = _chains(model, ticket)
-    forced = dict.fromkeys(owners, plan) if isinstance(plan, str) else dict(plan)
+    insisted = {} if isinstance(plan, str) else dict(plan)
+    forced = dict.fromkeys(owners, plan) if isinstance(plan, str) else insisted
     for name, fmt in forced.items():
         if name not in owners:
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
@@ -64,7 +66,7 @@ def sparsify(
     _compact_filters(model, ticket, chains, swaps, result)
     for name, mask in owners.items():
         masked, row = choose_layer(
-            name, model.get_submodule(name), mask, forced.get(name, "auto"), sites.get(name), cache
+            name, model.get_submodule(name), mask, forced.get(name, "auto"), sites.get(name), cache, name in insisted
         )
         swaps.replace(name, masked)
         result.layers.append(row)
@@ -94,12 +96,13 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 def _mask_owners(model: nn.Module, ticket: Ticket) -> dict[str, Tensor]:
     """{module name: mask} of the masked layers that stay and lose a weight."""
     owners = {}
+    known = prunable(model) if ticket.masks else {}
     for parameter, mask in ticket.masks.items():
-        name, _, leaf = parameter.rpartition(".")
-        module = model.get_submodule(name)
-        if leaf != "weight" or type(module) not in MASKED:
+        name = parameter.rpartition(".")[0]
+        if parameter not in known:
             raise ValueError(
-                f"{parameter} of a {type(module).__name__} cannot be sparse; only Linear and Conv2d weights can"
+                f"{parameter} of a {type(model.get_submodule(name)).__name__} cannot be sparse; only the weights of "
+                "Linear and Conv2d that no other module shares can"
             )
         if any(name == b or name.startswith(f"{b}.") for b in ticket.removed_blocks) or mask.all():
             continue
