@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench lint format wheel-test clean
+.PHONY: setup demo test bench bench-ops lint format wheel-test clean
 
 setup: $(SETUP)
 
@@ -25,9 +25,13 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest
 
-# every benchmark program (BENCH="layer_skip ..." for some), stored under benchmarks/results/; wants a quiet machine
+# every benchmark program (BENCH="layer_skip ..." for some) into benchmarks/results/cpu.csv and cpu.md; wants a quiet machine
 bench: $(SETUP)
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+# each op's times, kept under .benchmarks/; OPS="--benchmark-compare" compares them with the run kept last
+bench-ops: $(SETUP)
+	$(BIN)/python -m pytest benchmarks/suite -o addopts=-q --benchmark-only --benchmark-autosave $(OPS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -1,67 +1,46 @@
-"""A layer ticket's training step against the dense one, beside the ratio of their multiply-adds.
+"""A layer ticket's training step against the dense one; 12 of the 27 blocks of ResNet-56 are removed.
 
-    python benchmarks/bench_layer_skip.py [--model resnet56] [--remove 12] [--size 32] [--batch 128] [--repeats N]
+    python benchmarks/bench_layer_skip.py [--bf16]
 
-Both run in the faster of contiguous and channels_last, interleaved in one process: forward, backward and SGD step.
+Forward, cross entropy, backward, SGD with momentum. What is left is plain torch: so the rivals are eager even with
+--compile, which would serve both alike, and the rates of both compare the time with the ratio of multiply-adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from harness import Case, main
+from networks import dense_rivals, network_arm, step_flops, to_channels_last
 
 import pysparse_ticket as pst
-from pysparse_ticket.measure import interleave, macs
 from pysparse_ticket.models import build
-from pysparse_ticket.report import machine_line
+
+MODEL, REMOVE, SIZE, BATCH = "resnet56", 12, 32, 128
+SHAPE = f"{MODEL} {SIZE}x{SIZE}, batch {BATCH}"
 
 
-def training_step(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor):
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--remove", type=int, default=12)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+def cases(_: str, options: argparse.Namespace) -> Iterator[Case]:
     torch.manual_seed(0)
-    x, y = torch.randn(args.batch, 3, args.size, args.size), torch.randint(10, (args.batch,))
-    dense = build(args.model, 10, x.shape[1:])
-    ticket = pst.at_init(dense, x, score="random", granularity="layer", remove=args.remove)
-    skipped = pst.sparsify(copy.deepcopy(dense), ticket)
-    blocks = dict(skipped.named_modules())
-    if not all(isinstance(blocks[name], pst.nn.LayerSkip) for name in ticket.removed_blocks):
-        raise SystemExit("a removed block is still there")
-    ratio = macs(dense, x[:1]) / macs(skipped, x[:1])
-    arms = {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        data = x.contiguous(memory_format=layout)
-        for name, model in (("dense", dense), ("ticket", skipped)):
-            arms[name, layout] = training_step(copy.deepcopy(model).to(memory_format=layout).train(), data, y)
-    times = {name: timing.median for name, timing in interleave(arms, args.repeats).items()}
-    best = {name: min(t for (arm, _), t in times.items() if arm == name) for name in ("dense", "ticket")}
-    speedup = best["dense"] / best["ticket"]
-    print(machine_line())
-    print(f"{args.model}, {args.remove} blocks removed, {args.size}x{args.size}, batch {args.batch}: ", end="")
-    print(
-        f"dense {1e3 * best['dense']:.0f} ms, ticket {1e3 * best['ticket']:.0f} ms, speed-up {speedup:.2f}x, ", end=""
-    )
-    print(f"ratio of multiply-adds {ratio:.2f}, share reached {speedup / ratio:.2f}")
+    dense = build(MODEL, 10, (3, SIZE, SIZE))
+    x, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(10, (BATCH,))
+    eager = argparse.Namespace(**(vars(options) | {"compile": False}))
+    case = Case(SHAPE, dense_rivals(dense, x, labels, eager), {"step": step_flops(dense, dense.stem, x)})
+    ticket = pst.at_init(dense, x, score="random", granularity="layer", remove=REMOVE)
+    for layout in ("contiguous", "channels_last"):
+        model, data = (dense, x) if layout == "contiguous" else to_channels_last(dense, x)
+        skipped = pst.sparsify(copy.deepcopy(model), ticket)
+        blocks = dict(skipped.named_modules())
+        if not all(isinstance(blocks[name], pst.nn.LayerSkip) for name in ticket.removed_blocks):
+            raise SystemExit("a removed block is still there")
+        flops = step_flops(skipped, skipped.stem, data)
+        arm = f"{REMOVE} blocks removed, {layout}"
+        case.arms.append(network_arm(arm, ticket.sparsity, skipped, data, labels, flops, options))
+    yield case
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, __file__, cases, [SHAPE])

@@ -1,99 +1,63 @@
-"""MaskedLinear against F.linear: correctness first, then interleaved times of each pass.
+"""MaskedLinear against F.linear, random masks: alone, in a chain of tiles, and torch's own CSR products.
 
-    python benchmarks/bench_masked_linear.py [--threads N] [--repeats N] [--sparsity 0.8 0.9]
+    python benchmarks/bench_masked_linear.py [--compile] [--bf16] [--sparsity 0.8 0.9] [--shape 1024x1024]
 
-Ordinary tensors in and out, so packing and unpacking count: dX and dW alone each pack the output's gradient, the step
-packs it once. GF are of the surviving weights; the share is of this machine's multiply-add peak in the same run.
+torch's CSR tensors have no bias here, and no activation to pack.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from harness import Arm, Case, layer_flops, main
+from layers import checked, dense_rivals, masked_oracle, module_arm, passes, sparse_tensor_arm
+from torch import Tensor, nn
 
-from pysparse_ticket.measure import interleave
-from pysparse_ticket.ops.library import cpu_isa
-from pysparse_ticket.ops.masked_linear import linear_schedule, masked_linear
-from pysparse_ticket.ops.pattern import Pattern
+from pysparse_ticket.nn import MaskedLinear
+from pysparse_ticket.ops.masked_linear import linear_schedule
+from pysparse_ticket.ops.tiled_linear import linear_pack, linear_unpack, tiled_linear
 
-SHAPES = ((512, 1024, 1024), (2048, 768, 3072))  # batch, in, out
-SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-PASSES = ("fwd", "dX", "dW", "all")
+SHAPES = {"1024x1024": (512, 1024, 1024), "768x3072": (2048, 768, 3072)}  # batch, in, out
 
 
-def case(batch: int, in_features: int, out_features: int, sparsity: float) -> dict:
-    """{arm: call} for dense and ours, checked against each other."""
-    torch.manual_seed(0)
-    pattern = Pattern.from_mask(torch.rand(out_features, in_features) >= sparsity)
+def chain_arm(module: MaskedLinear, sparsity: float, x: Tensor, grad: Tensor, macs: float, options) -> Arm:
+    """The layer on tiles of samples."""
+    n, pattern = len(x), module.pattern
     schedules = linear_schedule(pattern)
-    x = torch.randn(batch, in_features, requires_grad=True)
-    bias = torch.randn(out_features, requires_grad=True)
-    values = torch.randn(pattern.nnz, requires_grad=True)
-    weight = pattern.scatter(values).detach().requires_grad_()
-    grad = torch.randn(batch, out_features)
+    values, bias = module.packed_values().detach().clone(), module.bias.detach().clone()
 
-    def dense() -> tuple:
-        y = F.linear(x, weight, bias)
-        return y, *torch.autograd.grad(y, (x, weight, bias), grad)
+    def function(tiles: Tensor) -> Tensor:
+        return tiled_linear(tiles, n, values, bias, pattern, schedules=schedules)
 
-    def ours() -> tuple:
-        y = masked_linear(x, values, bias, pattern, schedules=schedules)
-        return y, *torch.autograd.grad(y, (x, values, bias), grad)
+    def plain(name: str, tensor: Tensor) -> Tensor:
+        if name == "dW":
+            return pattern.scatter(tensor)
+        features = {"y": module.out_features, "dX": module.in_features}
+        return linear_unpack(tensor, n, features[name]) if name in features else tensor
 
-    for name, a, b in zip(("y", "dX", "dW", "db"), ours(), dense(), strict=True):
-        b = pattern.gather(b) if name == "dW" else b
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < 1e-5:
-            raise SystemExit(f"{name} is wrong by {error:.1e} at {(batch, in_features, out_features, sparsity)}")
-
-    op = torch.ops.pysparse_ticket
-    plain = [t.detach() for t in (x, values, bias)]
-    packed = op.masked_linear(*plain, *schedules, out_features, False, True)[1]
-
-    def backward(*need: bool):
-        return lambda: op.masked_linear_backward(grad, packed, plain[1], None, *schedules, in_features, *need)
-
-    w, d = weight.detach(), plain[0]
-    return {
-        "dense fwd": lambda: F.linear(d, w, plain[2]),
-        "dense dX": lambda: grad @ w,
-        "dense dW": lambda: grad.t() @ d,
-        "dense all": dense,
-        "ours fwd": lambda: op.masked_linear(*plain, *schedules, out_features, False, True),
-        "ours dX": backward(True, False, False),
-        "ours dW": backward(False, True, False),
-        "ours all": ours,
-    }
+    calls = passes(function, linear_pack(x), [values, bias], linear_pack(grad), options)
+    checked(f"chain {sparsity:.0%}", calls, masked_oracle(module, x, grad), plain)
+    return Arm("chain", sparsity, calls, layer_flops(macs * (1 - module.sparsity)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    peak = torch.ops.pysparse_ticket.cpu_peak()
-    print(f"{args.threads} threads, {cpu_isa()}, torch {torch.__version__}, peak {peak / 1e9:.0f} GF")
-    for batch, in_features, out_features in SHAPES:
-        print(f"\nMaskedLinear {in_features}x{out_features}, batch {batch}: speed-up over F.linear, fp32, medians")
-        print("sparsity | fwd | dX | dW | all | GF of ours (share of peak) | dense GF (share) | ours ms | dense ms")
-        for sparsity in args.sparsity:
-            arms = case(batch, in_features, out_features, sparsity)
-            times = {name: timing.median for name, timing in interleave(arms, args.repeats).items()}
-            ratios = [times[f"dense {p}"] / times[f"ours {p}"] for p in PASSES]
-            flops = 6 * batch * in_features * out_features
-            dense, ours = flops / times["dense all"], flops * (1 - sparsity) / times["ours all"]
-            print(
-                f"{sparsity:.0%} | "
-                + " | ".join(f"{r:.1f}x" for r in ratios)
-                + f" | {ours / 1e9:.0f} ({ours / peak:.0%}) | {dense / 1e9:.0f} ({dense / peak:.0%})"
-                + f" | {times['ours all'] * 1e3:.2f} | {times['dense all'] * 1e3:.2f}",
-                flush=True,
-            )
+def cases(name: str, options: argparse.Namespace) -> Iterator[Case]:
+    batch, in_features, out_features = SHAPES[name]
+    torch.manual_seed(0)
+    layer = nn.Linear(in_features, out_features)
+    x, grad = torch.randn(batch, in_features), torch.randn(batch, out_features)
+    macs = batch * in_features * out_features
+    case = Case(f"{name}, batch {batch}", dense_rivals(layer, x, grad, options), layer_flops(macs))
+    for sparsity in options.sparsity:
+        module = MaskedLinear.from_dense(layer, torch.rand(out_features, in_features) >= sparsity)
+        case.arms += [
+            module_arm("alone", module, sparsity, x, grad, macs, options),
+            chain_arm(module, sparsity, x, grad, macs, options),
+            sparse_tensor_arm("torch CSR", module, sparsity, x, grad, macs, None),
+        ]
+    yield case
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, __file__, cases, list(SHAPES))

@@ -1,28 +1,26 @@
-"""A training step of an MLP with AdamW, ours tiled and layer by layer against eager nn.Sequential.
+"""A training step of an MLP with AdamW, ours tiled and layer by layer against nn.Sequential; random masks.
 
-    python benchmarks/bench_mlp_step.py [--threads N] [--repeats N] [--batch N] [--sparsity 0.8 0.9]
+    python benchmarks/bench_mlp_step.py [--compile] [--bf16] [--sparsity 0.8 0.9]
 
-Forward, cross entropy, backward, AdamW; random masks, fp32. Gradients are checked against the dense model's first. The
-optimizer is the faster of fused and foreach, for dense and for ours each.
+Forward, cross entropy, backward, AdamW. The dense optimizer is the faster of fused and foreach, ours is fused.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from harness import Case, main
+from networks import dense_rivals, network_arm, step_flops, training_step
 from torch import nn
 
 import pysparse_ticket as pst
-from pysparse_ticket.measure import interleave
-from pysparse_ticket.ops.library import cpu_isa
 
-SIZES = (784, 1024, 1024, 10)
-SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-OPTIMIZERS = ("fused", "foreach")
+SIZES, BATCH = (784, 1024, 1024, 10), 512
+SHAPE = f"MLP {'-'.join(map(str, SIZES))}, AdamW, batch {BATCH}"
 
 
 def mlp() -> nn.Sequential:
@@ -32,65 +30,29 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def check(ours: nn.Module, dense: nn.Module, ticket: pst.Ticket, x: torch.Tensor, labels: torch.Tensor) -> None:
-    """SystemExit unless logits and all gradients of the surviving weights agree."""
-    results = []
-    for model in (ours, dense):
-        logits = model(x)
-        results.append([logits, *torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))])
-    shapes = dict(dense.named_parameters())
-    for name, a, b in zip(("logits", *shapes), *results, strict=True):
-        b = b[ticket.masks[name]] if name in ticket.masks else b
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < 1e-5:
-            raise SystemExit(f"{name} is wrong by {error:.1e}")
+def fused(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
 
-def stepper(model: nn.Module, kind: str, x: torch.Tensor, labels: torch.Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **{kind: True})
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), labels).backward()
-        optimizer.step()
-
-    return step
+def foreach(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"MLP {'-'.join(map(str, SIZES))}, batch {args.batch}, AdamW; {args.threads} threads, {cpu_isa()}")
-    print("sparsity | tiled | layer by layer | tiled ms | dense ms (medians of a step)")
-    for sparsity in args.sparsity:
-        torch.manual_seed(0)
-        dense = mlp()
-        x, labels = torch.randn(args.batch, SIZES[0]), torch.randint(SIZES[-1], (args.batch,))
+def cases(_: str, options: argparse.Namespace) -> Iterator[Case]:
+    torch.manual_seed(0)
+    dense = mlp()
+    x, labels = torch.randn(BATCH, SIZES[0]), torch.randint(SIZES[-1], (BATCH,))
+    rivals = dense_rivals(dense, x, labels, options, fused)
+    rivals["foreach"] = training_step(dense, x, labels, foreach, options)
+    case = Case(SHAPE, rivals, {"step": step_flops(dense, dense[0], x)})
+    for sparsity in options.sparsity:
         ticket = pst.at_init(dense, score="random", granularity="weight", sparsity=sparsity)
-        tiled = pst.sparsify(copy.deepcopy(dense), ticket, plan="tiled")
-        layers = pst.sparsify(copy.deepcopy(dense), ticket, plan="packed")
-        with torch.no_grad():
-            for name, mask in ticket.masks.items():
-                dense.get_parameter(name).mul_(mask)
-        check(tiled, dense, ticket, x, labels)
-        arms = {
-            f"{arm} {kind}": stepper(copy.deepcopy(model), kind, x, labels)
-            for arm, model in (("dense", dense), ("tiled", tiled), ("layers", layers))
-            for kind in OPTIMIZERS
-        }
-        times = {name: timing.median for name, timing in interleave(arms, args.repeats).items()}
-        best = {arm: min(times[f"{arm} {kind}"] for kind in OPTIMIZERS) for arm in ("dense", "tiled", "layers")}
-        print(
-            f"{sparsity:.0%} | {best['dense'] / best['tiled']:.1f}x | {best['dense'] / best['layers']:.1f}x | "
-            f"{best['tiled'] * 1e3:.2f} | {best['dense'] * 1e3:.2f}",
-            flush=True,
-        )
+        for arm, plan in (("tiled", "tiled"), ("layer by layer", "packed")):
+            model = pst.sparsify(copy.deepcopy(dense), ticket, plan=plan)
+            flops = step_flops(model, model[0], x)
+            case.arms.append(network_arm(arm, sparsity, model, x, labels, flops, options, fused))
+    yield case
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, __file__, cases, [SHAPE])

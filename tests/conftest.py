@@ -1,15 +1,9 @@
 """Settings of the whole suite, made before torch is imported."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from bf16 import avoid_broken_amx
 
-# some virtual machines advertise AMX and fault on its first use: torch's own bf16 products then kill the process
-_PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
-if subprocess.run([sys.executable, "-c", _PROBE], capture_output=True).returncode < 0:
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+avoid_broken_amx()
 
 
 @pytest.fixture(autouse=True)
