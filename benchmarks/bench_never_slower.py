@@ -2,8 +2,8 @@
 
     python benchmarks/bench_never_slower.py [--shape resnet20 ...]
 
-The races are run anew. The sample has the layout in which the dense model is faster. The race knows no compiled model,
-so the rivals are eager even with --compile.
+The races are run anew; an arm names the formats that they chose. The sample has the layout in which the dense model is
+faster. The race knows no compiled model, so the rivals are eager even with --compile.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def cases(shape: str, options: argparse.Namespace) -> Iterator[Case]:
             os.environ["PYSPARSE_TICKET_CACHE"] = folder
             model = pst.sparsify(copy.deepcopy(dense), ticket, x)
         flops = step_flops(model, model.get_submodule(first), x)
-        case.arms.append(network_arm(kind, ticket.sparsity, model, x, labels, flops, options))
+        formats = sorted({layer.format for layer in pst.plan(model).layers})
+        case.arms.append(
+            network_arm(f"{kind}: {', '.join(formats)}", ticket.sparsity, model, x, labels, flops, options)
+        )
     yield case
 
 

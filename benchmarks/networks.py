@@ -62,9 +62,9 @@ def compiled_step(model: nn.Module, x: Tensor, labels: Tensor, optimize: Optimiz
 def dense_rivals(
     model: nn.Module, x: Tensor, labels: Tensor, options: argparse.Namespace, optimize: Optimize = sgd
 ) -> dict[str, Calls]:
-    """Eager contiguous, for images channels_last, and torch.compile on the latter."""
+    """Eager contiguous, with convolutions channels_last, and torch.compile on the latter."""
     rivals = {"contiguous": training_step(model, x, labels, optimize, options)}
-    if x.dim() == 4:
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model, x = to_channels_last(model, x)
         rivals["channels_last"] = training_step(model, x, labels, optimize, options)
     if options.compile:
