@@ -58,7 +58,7 @@ def timed(calls: dict[object, Callable[[], object]], seconds: float, repeats: in
     """Interleaved times: about ``seconds`` an arm, but from 3 to ``repeats`` rounds."""
     round_seconds = sum(t.median for t in interleave(calls, 1, warmup=1).values())
     wanted = int(seconds * len(calls) / round_seconds)
-    return interleave(calls, min(repeats, max(FEWEST, wanted)), warmup=1)
+    return interleave(calls, min(repeats, max(FEWEST, wanted)), warmup=0)
 
 
 def measure(work: str, case: Case, options: argparse.Namespace) -> list[Row]:

@@ -27,6 +27,7 @@ date of each work are below.
 - GF: of the surviving weights' multiply-adds, two operations each. share: of the multiply-add peak of all threads in
   registers, measured in the same run; "dense share" is the rival's, with all weights.
 - bf16: dense under autocast to bf16 over ours under autocast to bf16, steps only. Tiles stay in fp32 under autocast.
+  Networks' rivals in bf16 are eager. Where bf16 is slower than fp32 on the machine, the fp32 figure is the one to read.
 - spread: 20th to 80th percentile of ours, as a share of its median.
 """
 
