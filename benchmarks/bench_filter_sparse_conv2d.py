@@ -22,17 +22,11 @@ from torch import Tensor, nn
 
 import pysparse_ticket as pst
 from pysparse_ticket.nn import FilterSparseConv2d
-from pysparse_ticket.ticket import fingerprint
 
 SHAPES = {"3x3 64ch 8x8": (128, 64, 8), "3x3 16ch 32x32": (128, 16, 32), "3x3 128ch 28x28": (32, 128, 28)}
 CHAINS = {f"chain of {shape}": sizes for shape, sizes in list(SHAPES.items())[:2]}
 SPARSITIES = (0.1, 0.25, 0.5, 0.75)
 ENDS = 8  # channels into the first and out of the last convolution of a chain
-
-
-def keep(channels: int, sparsity: float) -> Tensor:
-    """bool [channels], the sparsity's share of them removed."""
-    return torch.rand(channels).argsort() >= round(sparsity * channels)
 
 
 def module_arm(
@@ -68,7 +62,7 @@ def layer_case(shape: str, options: argparse.Namespace) -> Case:
     macs = grad.numel() * channels * 9
     case = Case(f"{shape}, batch {batch}", dense_rivals(layer, x, grad, options), layer_flops(macs))
     for sparsity in options.sparsity:
-        kept = keep(channels, sparsity), keep(channels, sparsity)
+        kept = networks.keep(channels, sparsity), networks.keep(channels, sparsity)
         for name in ("compact", "compact, channels_last", "full", "full, channels_last"):
             compact = name.startswith("compact")
             module = FilterSparseConv2d.from_dense(layer, *kept, compact_in=compact, compact_out=compact)
@@ -93,10 +87,8 @@ def chain_case(shape: str, options: argparse.Namespace) -> Case:
     rivals = networks.dense_rivals(dense, x, labels, options)
     case = Case(f"{shape}, batch {batch}", rivals, {"step": networks.step_flops(dense, dense[0], x)})
     dense, x = networks.to_channels_last(dense, x)
-    producers = [name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)][:-1]
     for sparsity in options.sparsity:
-        filters = {name: keep(channels, sparsity) for name in producers}
-        ticket = pst.Ticket(filters=filters, architecture=fingerprint(dense))
+        ticket = networks.filter_ticket(dense, sparsity)
         model = pst.sparsify(copy.deepcopy(dense), ticket, x, plan="tiled")
         flops = networks.step_flops(model, model[0], x)
         case.arms.append(networks.network_arm("chain", sparsity, model, x, labels, flops, options))

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main, timed
-from networks import dense_rivals, network_arm, step_flops, to_channels_last
+from networks import dense_rivals, filter_ticket, network_arm, step_flops, to_channels_last
 from torch import nn
 
 import pysparse_ticket as pst
 from pysparse_ticket.models import build
-from pysparse_ticket.structure import filter_chains
 
 SHAPES = {  # model, image, batch, tickets
     "resnet20 32x32": ("resnet20", (3, 32, 32), 128, ("weight 50%", "filter 10%")),
@@ -43,8 +42,7 @@ def find(model: nn.Module, x: torch.Tensor, kind: str) -> pst.Ticket:
         return pst.at_init(model, x, score="random", granularity="layer", remove=int(amount))
     share = float(amount.rstrip("%")) / 100
     if granularity == "filter":
-        filters = sum(model.get_submodule(chain.producer).out_channels for chain in filter_chains(model))
-        return pst.at_init(model, score="random", granularity="filter", remove=round(share * filters))
+        return filter_ticket(model, share)
     return pst.at_init(model, score="random", granularity="weight", sparsity=share)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import pysparse_ticket as pst
 from pysparse_ticket.measure import macs
+from pysparse_ticket.structure import filter_chains
+from pysparse_ticket.ticket import fingerprint
 
 LOGITS_ERROR = 1e-4  # of ResNets: 2e-6 by tiles, 6e-5 by torch's own batch norm in channels_last
 # where a ReLU's input rounds to the other side of zero, gradients jump: 5e-3 by tiles, 1e-2 by torch's own modules
@@ -20,6 +22,18 @@ UPDATE_ERROR = 2e-2
 FEW = 32  # samples; torch's convolutions are slow in fp64
 
 Optimize = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def keep(channels: int, sparsity: float) -> Tensor:
+    """bool [channels], the sparsity's share of them removed at random."""
+    return torch.rand(channels).argsort() >= round(sparsity * channels)
+
+
+def filter_ticket(model: nn.Module, sparsity: float) -> pst.Ticket:
+    """The same share of every convolution's filters removed, where they can go."""
+    producers = [chain.producer for chain in filter_chains(model)]
+    filters = {name: keep(model.get_submodule(name).out_channels, sparsity) for name in producers}
+    return pst.Ticket(filters=filters, architecture=fingerprint(model))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from bench_filter_sparse_conv2d import keep, module_arm
+from bench_filter_sparse_conv2d import module_arm
+from networks import keep
 from torch import nn
 
 from pysparse_ticket.nn import FilterSparseConv2d
