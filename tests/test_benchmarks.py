@@ -79,7 +79,7 @@ def test_store_updates_the_csv_and_renders_the_whole_of_it(tmp_path):
         # log2 of 0.5 and 8 are -1 and 3: a quarter of the way from 50% to 90%
         ([(0.5, 0.5), (0.9, 8.0), (0.95, 9.0)], "60%"),
         # the last crossing counts, where noise makes two
-        ([(0.5, 1.1), (0.6, 0.5), (0.7, 2.0)], "65%"),
+        ([(0.5, 0.5), (0.6, 2.0), (0.7, 0.5), (0.8, 2.0)], "75%"),
         ([(0.5, 1.0), (0.6, 2.0)], "below 50%"),
         ([(0.5, 0.7), (0.98, 0.9)], "above 98%"),
     ],
