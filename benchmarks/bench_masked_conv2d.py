@@ -1,4 +1,5 @@
-"""MaskedConv2d against F.conv2d, random masks: alone, and in a chain of batch tiles without batch norm.
+"""MaskedConv2d against F.conv2d, random masks: alone (in the layout that it takes unasked, and in the other one), and
+in a chain of batch tiles without batch norm.
 
 python benchmarks/bench_masked_conv2d.py [--compile] [--bf16] [--sparsity 0.8 0.9] [--shape "3x3 64ch 8x8" ...]
 """
@@ -6,6 +7,7 @@ python benchmarks/bench_masked_conv2d.py [--compile] [--bf16] [--sparsity 0.8 0.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -63,6 +65,10 @@ def cases(name: str, options: argparse.Namespace) -> Iterator[Case]:
     for sparsity in options.sparsity:
         module = MaskedConv2d.from_dense(layer, torch.rand(layer.weight.shape) >= sparsity)
         case.arms.append(module_arm("alone", module, sparsity, x, grad, macs, options))
+        for layout in module.rival_formats(tuple(x.shape)):
+            rival = copy.deepcopy(module)
+            rival.set_format(layout)
+            case.arms.append(module_arm(f"alone, {layout}", rival, sparsity, x, grad, macs, options))
         if name in SHAPES:
             case.arms.append(chain_arm(module, sparsity, x, grad, macs, options))
     yield case

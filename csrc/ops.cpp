@@ -15,15 +15,15 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   // multiply-adds in registers, all threads, floating-point operations a second
   m.def("cpu_peak() -> float");
 
-  // -> y, x in tiles (empty unless keep)
+  // pixels: of one image innermost, in float or bfloat16; else 16 samples, in float
   m.def(
       "masked_conv2d(Tensor x, Tensor values, Tensor? bias, Tensor row_ptr, Tensor col, Tensor t_row_ptr, Tensor t_col, "
-      "Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool keep) -> (Tensor, Tensor)");
-  // -> input gradient, values gradient; each empty unless needed
+      "Tensor t_perm, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool pixels) -> Tensor");
+  // x: null without need_values -> input gradient, values gradient; each empty unless needed
   m.def(
-      "masked_conv2d_backward(Tensor grad, Tensor packed, Tensor values, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
+      "masked_conv2d_backward(Tensor grad, Tensor? x, Tensor values, Tensor row_ptr, Tensor col, Tensor t_row_ptr, "
       "Tensor t_col, Tensor t_perm, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-      "bool channels_last, bool need_input, bool need_values) -> (Tensor, Tensor)");
+      "bool pixels, bool channels_last, bool need_input, bool need_values) -> (Tensor, Tensor)");
 
   // the order in which the kernels walk a pattern (csrc/cpu/masked_linear.h)
   m.def("linear_schedule(Tensor row_ptr, Tensor col, Tensor? perm, int width, int columns) -> Tensor");

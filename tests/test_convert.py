@@ -209,7 +209,7 @@ def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch):
     sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
     rows = pst.plan(sparse).rows()
     assert {r["layer"] for r in rows} == {n.removesuffix(".weight") for n, m in ticket.masks.items() if not m.all()}
-    assert all(r["dense_us"] > 0 and r["format"] in ("packed", "dense", "tiled") for r in rows)
+    assert all(r["dense_us"] > 0 and r["format"] in ("packed", "tiles", "pixels", "dense", "tiled") for r in rows)
     assert pst.plan(sparse).step_ratio > 0 and "whole training step" in str(pst.plan(sparse))
     for name in ("race", "race_steps"):
         monkeypatch.setattr(f"pysparse_ticket.nn.choose.{name}", lambda *_: pytest.fail("raced again"))
@@ -217,11 +217,34 @@ def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch):
     assert [r["dense_us"] for r in pst.plan(again).rows()] == [r["dense_us"] for r in rows]
 
 
+def raced(**fast):
+    """A race of layers in which dense takes 2, the formats named what is given, and 5 at the other density."""
+    times = dict.fromkeys(("packed", "tiles", "pixels"), 3.0) | fast
+    others = {f"other {name}": 5.0 for name in times}
+    return lambda arms, *_: {name: ({"plain": 2.0, "dense": 2.1} | times | others)[name] for name in arms}
+
+
+@pytest.mark.parametrize("fast", ["pixels", "tiles"])
+def test_a_convolution_takes_the_layout_that_won(fast, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", raced(**{fast: 0.5}))
+    n, side = (128, 8) if fast == "pixels" else (1, 32)  # the rule takes the other one
+    layer, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(n, 4, side, side)
+    ticket = pst.at_init(layer, score="magnitude", granularity="weight", sparsity=0.8)
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: {"dense": 2.0, "layers": 1.0})
+    dense, sparse = copy.deepcopy(layer), pst.sparsify(layer, ticket, sample=x)
+    (row,) = pst.plan(sparse).rows()
+    assert (row["format"], row["speedup"], sparse.format) == (fast, 4.0, fast)
+    assert row["break_even"] is not None and fast in str(pst.plan(sparse))
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda *_: pytest.fail("raced again"))
+    again = pst.sparsify(dense, ticket, sample=x)
+    assert again.format == fast and torch.equal(again(x), sparse(x))
+
+
 def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
     monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: {"dense": 1.0, "layers": 1.5, "tiled": 1.2})
-    times = {"plain": 2.0, "dense": 2.1, "packed": 1.0, "other": 3.0}
-    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda *_: times)
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", raced(packed=1.0))
     model, (x, _) = resnet(), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x, optimizer=optimizer)
@@ -241,8 +264,7 @@ def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
 )
 def test_the_fastest_way_to_run_the_model_is_kept(times, formats, monkeypatch):
     monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: times)
-    raced = {"plain": 2.0, "dense": 2.1, "packed": 1.0, "other": 5.0}
-    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda *_: raced)
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", raced(packed=1.0))
     monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
     model, (x, _) = resnet(), batch()
     sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from pysparse_ticket.ops.library import backend_of
-from pysparse_ticket.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
+from pysparse_ticket.ops.masked_conv2d import default_layout, masked_conv2d, masked_conv2d_reference
 from pysparse_ticket.ops.pattern import Pattern
 
 # (N, C, H, W, O, kernel, stride, padding, dilation)
@@ -50,10 +50,15 @@ def close(got, want, terms, name):
     assert error <= limit, f"{name}: relative error {error:.2e} over {limit:.2e}"
 
 
-def check(x, values, bias, pattern, geometry, grad_like=None, seed=1):
+@pytest.fixture(params=["tiles", "pixels"])
+def layout(request):
+    return request.param
+
+
+def check(x, values, bias, pattern, geometry, grad_like=None, seed=1, layout=None):
     mine = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, values, bias)]
     oracle = [t.detach().double().requires_grad_() for t in (x, values, bias)]
-    y = masked_conv2d(*mine, pattern, *geometry)
+    y = masked_conv2d(*mine, pattern, *geometry, layout=layout)
     want = masked_conv2d_reference(*oracle, pattern, *geometry)
     grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed))
     y.backward(grad_like(grad) if grad_like else grad)
@@ -75,76 +80,77 @@ def threads(request):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_dense(shape, isa, poison):
-    check(*make(shape))
+def test_matches_dense(shape, layout, isa, poison):
+    check(*make(shape), layout=layout)
 
 
 @pytest.mark.parametrize("shape", ["3x3", "8x8 two tiles", "1x1", "3x3 stride 2", "stride 3x2", "dilated strided"])
-def test_channels_last(shape, isa, poison):
+def test_channels_last(shape, layout, isa, poison):
     x, *rest = make(shape)
     last = lambda t: t.to(memory_format=torch.channels_last)  # noqa: E731
-    y, mine = check(last(x), *rest, grad_like=last)
+    y, mine = check(last(x), *rest, grad_like=last, layout=layout)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert mine[0].grad.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", ["3x3", "8x8 two tiles", "one sample", "stride 2 odd"])
-def test_threads(shape, threads):
-    check(*make(shape))
+def test_threads(shape, layout, threads):
+    check(*make(shape), layout=layout)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0], ids=["zero mask", "empty rows", "full mask"])
 @pytest.mark.parametrize("shape", ["3x3", "3x3 stride 2", "1x1"])
-def test_densities(shape, density, isa, poison):
-    check(*make(shape, density))
+def test_densities(shape, density, layout, isa, poison):
+    check(*make(shape, density), layout=layout)
 
 
-def test_empty_row_and_column():
+def test_empty_row_and_column(layout):
     x, _, bias, pattern, geometry = make("3x3")
     mask = pattern.mask()
     mask[2], mask[:, 1] = False, False
     pattern = Pattern.from_mask(mask)
-    y, mine = check(x, torch.randn(pattern.nnz), bias, pattern, geometry)
+    y, mine = check(x, torch.randn(pattern.nnz), bias, pattern, geometry, layout=layout)
     assert torch.equal(y[:, 2], bias[2].expand_as(y[:, 2]))
     assert not mine[0].grad[:, 1].any()
 
 
-def test_empty_batch():
+def test_empty_batch(layout):
     x, values, bias, pattern, geometry = make("3x3")
     x = x[:0].requires_grad_()
     values.requires_grad_()
-    y = masked_conv2d(x, values, bias, pattern, *geometry)
+    y = masked_conv2d(x, values, bias, pattern, *geometry, layout=layout)
     assert y.shape == (0, 7, 9, 11)
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert not values.grad.any()
 
 
-def test_non_contiguous():
+def test_non_contiguous(layout):
     x, *rest = make("3x3")
     wide = torch.stack([x, x + 1], -1)[..., 0]
     assert not wide.is_contiguous()
-    check(wide, *rest, grad_like=lambda g: torch.stack([g, g], -1)[..., 0])
-    y, _ = check(x.transpose(2, 3), *rest, grad_like=lambda g: g.to(memory_format=torch.channels_last))
+    check(wide, *rest, grad_like=lambda g: torch.stack([g, g], -1)[..., 0], layout=layout)
+    last = lambda g: g.to(memory_format=torch.channels_last)  # noqa: E731
+    y, _ = check(x.transpose(2, 3), *rest, grad_like=last, layout=layout)
     assert y.is_contiguous()
 
 
-def test_expanded_gradient():
+def test_expanded_gradient(layout):
     x, values, bias, pattern, geometry = make("3x3")
     values.requires_grad_()
-    masked_conv2d(x, values, bias, pattern, *geometry).sum().backward()
+    masked_conv2d(x, values, bias, pattern, *geometry, layout=layout).sum().backward()
     oracle = values.detach().double().requires_grad_()
     masked_conv2d_reference(x.double(), oracle, bias.double(), pattern, *geometry).sum().backward()
     close(values.grad, oracle.grad, 33 * 99, "values gradient")
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=["x", "values", "bias", "no bias"])
-def test_only_what_is_needed(needs):
+def test_only_what_is_needed(needs, layout):
     x, values, bias, pattern, geometry = make("3x3 stride 2")
     tensors = [t.requires_grad_(bool(need)) for t, need in zip((x, values, bias), needs, strict=True)]
     if needs == (1, 1, 0):
         tensors[2] = None
-    y = masked_conv2d(*tensors, pattern, *geometry)
+    y = masked_conv2d(*tensors, pattern, *geometry, layout=layout)
     y.square().sum().backward()
     oracle = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     masked_conv2d_reference(*oracle, pattern, *geometry).square().sum().backward()
@@ -164,17 +170,64 @@ def test_reference_takes_double_and_is_differentiable():
     torch.testing.assert_close(masked_conv2d(*tensors, pattern, *geometry), want)
 
 
-def test_bfloat16_accumulates_in_float32():
-    x, values, bias, pattern, geometry = make("many channels")
+def check_bfloat16(shape, layout):
+    """One rounding to 8 bits of a float32 result; the output gradient that comes in is rounded on both sides."""
+    x, values, bias, pattern, geometry = make(shape)
     x = x.bfloat16().requires_grad_()
     values.requires_grad_()
-    y = masked_conv2d(x, values, bias, pattern, *geometry)
-    want = masked_conv2d_reference(x.detach().float(), values.detach(), bias, pattern, *geometry)
+    bias.requires_grad_()
+    oracle = [t.detach().float().requires_grad_() for t in (x, values, bias)]
+    y = masked_conv2d(x, values, bias, pattern, *geometry, layout=layout)
+    want = masked_conv2d_reference(*oracle, pattern, *geometry)
     assert y.dtype == torch.bfloat16
-    # one rounding to 8 bits, of a float32 result
     torch.testing.assert_close(y.float(), want, rtol=2**-8, atol=1e-4)
-    y.sum().backward()
-    assert (x.grad.dtype, values.grad.dtype) == (torch.bfloat16, torch.float32)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y.backward(grad)
+    want.backward(grad.float())
+    assert (x.grad.dtype, values.grad.dtype, bias.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    torch.testing.assert_close(x.grad.float(), oracle[0].grad, rtol=2**-8, atol=1e-4)
+    close(values.grad, oracle[1].grad.double(), x.shape[0] * y.shape[2] * y.shape[3], "values gradient")
+    close(bias.grad, oracle[2].grad.double(), x.shape[0] * y.shape[2] * y.shape[3], "bias gradient")
+
+
+@pytest.mark.parametrize("shape", ["many channels", "3x3 stride 2", "stride 3x2", "1x1", "8x8 two tiles"])
+def test_bfloat16_accumulates_in_float32(shape, layout, isa, poison):
+    check_bfloat16(shape, layout)
+
+
+@pytest.mark.parametrize("size", [(1, 9, 7), (3, 8, 8), (3, 5, 17)], ids=["1 of 9x7", "3 of 8x8", "3 of 5x17"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_small_batches(size, kernel, stride, padding, layout, poison):
+    n, h, w = size
+    check(*make((n, 3, h, w, 4, (kernel, kernel), (stride, stride), (padding, padding), (1, 1)), 0.4), layout=layout)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 56, 56), (1, 24, 60, 33)], ids=["bands", "bands of one image"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bands(shape, stride, threads, poison):
+    """Images whose planes exceed a thread's share of L2 run in bands of rows."""
+    n, c, h, w = shape
+    geometry = ((3, 3), (stride, stride), (1, 1), (1, 1))
+    check(*make((n, c, h, w, 3, *geometry), 0.05), layout="pixels")
+
+
+def test_many_entries(threads):
+    """More weight gradient sums than a thread holds from image to image."""
+    check(*make((2, 64, 5, 5, 70, (3, 3), (1, 1), (1, 1), (1, 1)), 0.9), layout="pixels")
+
+
+def test_layout_by_rule_and_by_name():
+    cases = {"tiles": [((128, 64, 8, 8), (8, 8)), ((32, 16, 32, 32), (16, 16)), ((30, 9, 8, 8), (8, 8))]}
+    cases["pixels"] = [((4, 64, 8, 8), (8, 8)), ((17, 64, 8, 8), (8, 8)), ((128, 16, 32, 32), (32, 32))]
+    for layout, shapes in cases.items():
+        assert [default_layout(size, output) for size, output in shapes] == [layout] * len(shapes)
+    x, values, bias, pattern, geometry = make("one sample")
+    results = {name: masked_conv2d(x, values, bias, pattern, *geometry, layout=name) for name in (None, "pixels")}
+    assert torch.equal(results[None], results["pixels"])
+    with pytest.raises(ValueError, match="unknown layout 'rows'; known: tiles, pixels"):
+        masked_conv2d(x, values, bias, pattern, *geometry, layout="rows")
 
 
 def test_backend_by_name():
@@ -188,27 +241,28 @@ def test_backend_by_name():
 
 
 @pytest.mark.parametrize("shape", ["3x3", "stride 3x2"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_opcheck(shape, layout):
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_opcheck(shape, memory, layout):
     x, values, bias, pattern, geometry = make(shape)
-    args = [x.to(memory_format=layout).requires_grad_(), values.requires_grad_(), bias.requires_grad_()]
-    forward = (*args, *pattern.tensors, pattern.shape[2:], *geometry, True)
+    pixels = layout == "pixels"
+    args = [x.to(memory_format=memory).requires_grad_(), values.requires_grad_(), bias.requires_grad_()]
+    forward = (*args, *pattern.tensors, pattern.shape[2:], *geometry, pixels)
     torch.library.opcheck(torch.ops.pysparse_ticket.masked_conv2d, forward)
-    y, packed = torch.ops.pysparse_ticket.masked_conv2d(*forward)
-    last = layout is torch.channels_last
-    geometry = (x.shape, pattern.shape[2:], *geometry, last, True, True)
+    y = torch.ops.pysparse_ticket.masked_conv2d(*forward)
+    geometry = (x.shape, pattern.shape[2:], *geometry, pixels, memory is torch.channels_last, True, True)
     torch.library.opcheck(
         torch.ops.pysparse_ticket.masked_conv2d_backward,
-        (y.detach(), packed, values.detach(), *pattern.tensors, *geometry),
+        (y.detach(), args[0].detach(), values.detach(), *pattern.tensors, *geometry),
     )
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("layout", ["tiles", "pixels", None])
+def test_compiles_in_one_graph(layout):
     x, values, bias, pattern, geometry = make("3x3")
     values.requires_grad_()
 
     def f(x, values):
-        return masked_conv2d(x.relu(), values, bias, pattern, *geometry).square().mean()
+        return masked_conv2d(x.relu(), values, bias, pattern, *geometry, layout=layout).square().mean()
 
     want = torch.autograd.grad(f(x, values), values)[0]
     got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x, values), values)[0]

@@ -38,6 +38,18 @@ def close(a, b):
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fmt", ["tiles", "pixels"])
+def test_layouts_of_a_convolution_are_formats(fmt):
+    masked, dense, _, x = make(LAYERS["conv"], fmt)
+    assert masked.format == fmt and close(masked(x), dense(x)) and torch.equal(masked.weight, dense.weight)
+    buffer = io.BytesIO()
+    torch.save(copy.deepcopy(masked).state_dict(), buffer)
+    buffer.seek(0)
+    dense.load_state_dict(torch.load(buffer, weights_only=True))
+    with pytest.raises(ValueError, match=f"unknown format '{fmt}'; known: packed, dense"):
+        make(LAYERS["linear"], fmt)
+
+
 @formats
 @layers
 def test_equals_the_dense_module_with_zeros(layer, fmt):
@@ -118,12 +130,13 @@ def test_formats_change_back_and_forth_with_their_gradients(layer):
     masked, dense, mask, x = make(layer)
     masked(x).square().sum().backward()
     grad = masked.dense_like(masked.values.grad)
-    for fmt in ("dense", "packed", "packed", "dense"):
+    packed = [fmt for fmt in masked.FORMATS if fmt != "dense"]
+    for fmt in ("dense", *packed, "packed", "dense"):
         masked.set_format(fmt)
         assert torch.equal(masked.weight, dense.weight) and torch.equal(masked.mask, mask)
         assert torch.equal(masked.dense_like(masked.weight_parameter.grad), grad)
-        assert next(iter(dict(masked.named_parameters()))) == ("values" if fmt == "packed" else "weight")
-    with pytest.raises(ValueError, match="unknown format 'csr'; known: packed, dense"):
+        assert next(iter(dict(masked.named_parameters()))) == ("weight" if fmt == "dense" else "values")
+    with pytest.raises(ValueError, match=f"unknown format 'csr'; known: {', '.join(masked.FORMATS)}"):
         masked.set_format("csr")
 
 

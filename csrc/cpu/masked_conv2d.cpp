@@ -8,7 +8,9 @@
 #include <tuple>
 
 #include "cpu/conv_plan.h"
+#include "cpu/kept.h"
 #include "cpu/parallel.h"
+#include "cpu/pixel_conv2d.h"
 #include "cpu/tensors.h"
 
 namespace pst {
@@ -34,14 +36,16 @@ static int64_t rows_at_once(int64_t rows, int64_t cols, int64_t channels) {
   return std::clamp<int64_t>(fit, 2, std::max<int64_t>(2, rows));
 }
 
-std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x_in, const Tensor& values, const std::optional<Tensor>& bias,
-                                         const Tensor& row_ptr, const Tensor& col, const Tensor&, const Tensor&, const Tensor&,
-                                         std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                                         std::vector<int64_t> padding, std::vector<int64_t> dilation, bool keep) {
+Tensor masked_conv2d(const Tensor& x_in, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& row_ptr,
+                     const Tensor& col, const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t> kernel,
+                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, bool pixels) {
+  const ConvShape s = conv_shape({x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)}, row_ptr.numel() - 1, kernel, stride,
+                                 padding, dilation);
+  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  if (pixels) return pixel_conv2d(x_in, s, rows, values.const_data_ptr<float>(), data_or_null(bias));
+
   const bool last = channels_last(x_in);
   const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
-  const auto sizes = x.sizes();
-  const ConvShape s = conv_shape({sizes[0], sizes[1], sizes[2], sizes[3]}, row_ptr.numel() - 1, kernel, stride, padding, dilation);
   check_range(s);
   const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads();
   const Plane plane = input_plane(s);
@@ -50,17 +54,12 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x_in, const Tensor& value
   const Plane out_plane{block, ow, 0, 0, 0, 0};
 
   Tensor y = new_image(x, s.n, s.o, oh, ow, last);
-  // packed tiles outlive the call only if the weight gradient will read them
   const bool whole = tiles % threads == 0 || tiles >= 4 * threads;  // a thread runs whole tiles
-  const bool shared = keep || !whole;
-  Tensor packed = new_floats(x, {keep ? tiles : 0, s.c, plane.hp(), plane.wp(), kLanes});
-  Scratch own(keep ? 0 : (shared ? tiles : threads) * tile_floats);
-  float* tile_base = keep ? packed.mutable_data_ptr<float>() : own.get();
+  float* const tile_base = kept<Use::planes>((whole ? threads : tiles) * tile_floats);
 
-  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
   const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), plane, out_plane);
   const Image in(s.n, s.c, plane, last), out(s.n, s.o, {oh, ow, 0, 0, 0, 0}, last);
-  const Scratch scratch(threads * s.o * out_plane.floats());
+  float* const scratch = kept<Use::outputs>(threads * s.o * out_plane.floats());
   const float* src = x.const_data_ptr<float>();
   float* dst = y.mutable_data_ptr<float>();
   const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
@@ -76,10 +75,10 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x_in, const Tensor& value
     });
   }
   parallel_ranges(tiles * blocks, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* buffer = scratch.get() + thread * s.o * out_plane.floats();
+    float* buffer = scratch + thread * s.o * out_plane.floats();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i / blocks, r0 = i % blocks * block, r1 = std::min(oh, r0 + block);
-      float* tile = tile_base + (shared ? t : thread) * tile_floats;
+      float* tile = tile_base + (whole ? thread : t) * tile_floats;
       if (whole && r0 == 0) in.pack(src, t, tile, 0, s.c);
       RowsArgs a = rows_args(walk, tile, buffer, s.o, out_plane.floats(), bias_data);
       a.y -= r0 * a.y_row;
@@ -89,7 +88,7 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x_in, const Tensor& value
       out.unpack(buffer, out_plane.floats(), out_plane.row(), dst, t, r0, r1);
     }
   }, whole ? blocks : 1);
-  return {y, packed};
+  return y;
 }
 
 // rows of padded input [q0, q1): every phase writes its rows of the block
@@ -106,29 +105,40 @@ static void input_grad_rows(const std::vector<Walk>& walks, const ConvShape& s, 
   }
 }
 
-std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const Tensor& packed, const Tensor& values,
+std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const std::optional<Tensor>& x_in, const Tensor& values,
                                                   const Tensor& row_ptr, const Tensor& col, const Tensor& t_row_ptr,
                                                   const Tensor& t_col, const Tensor& t_perm, std::vector<int64_t> input_size,
                                                   std::vector<int64_t> kernel, std::vector<int64_t> stride,
                                                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                  bool input_channels_last, bool need_input, bool need_values) {
-  const bool last = channels_last(grad_in);
-  const Tensor grad = last ? grad_in : torch::stable::contiguous(grad_in);
+                                                  bool pixels, bool input_channels_last, bool need_input, bool need_values) {
   const ConvShape s = conv_shape(input_size, row_ptr.numel() - 1, kernel, stride, padding, dilation);
-  const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads(), nnz = col.numel();
+  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  const Rows transposed{t_row_ptr.const_data_ptr<int32_t>(), t_col.const_data_ptr<int32_t>()};
+  const int64_t nnz = col.numel();
+  Tensor dvalues = new_floats(values, {need_values ? nnz : 0});
+  if (pixels) {
+    if (need_values) pixel_conv2d_weight_grad(grad_in, *x_in, s, rows, dvalues.mutable_data_ptr<float>());
+    Tensor dx = need_input ? pixel_conv2d_input_grad(grad_in, s, transposed, t_perm.const_data_ptr<int32_t>(),
+                                                     values.const_data_ptr<float>(), input_channels_last)
+                           : torch::stable::new_empty(grad_in, {0});
+    return {dx, dvalues};
+  }
+
+  const bool last = channels_last(grad_in), x_last = need_values && channels_last(*x_in);
+  const Tensor grad = last ? grad_in : torch::stable::contiguous(grad_in);
+  const Tensor x = !need_values ? grad : x_last ? *x_in : torch::stable::contiguous(*x_in);
+  const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads();
   const Plane x_plane = input_plane(s), y_plane = need_input ? grad_plane(s) : Plane{oh, ow, 0, 0, 0, 0};
   const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats();
   const int64_t block = rows_at_once(s.h, s.w, s.c), blocks = s.h ? (s.h + block - 1) / block : 0;
   const Plane block_plane{block, s.w, 0, 0, 0, 0};
 
   Tensor dx = need_input ? new_image(grad, s.n, s.c, s.h, s.w, input_channels_last) : new_floats(grad, {0});
-  Tensor dvalues = new_floats(values, {need_values ? nnz : 0});
   const bool whole = tiles % threads == 0 || tiles >= 4 * threads;
-  const Scratch grads((whole ? threads : tiles) * y_floats);
-  const Scratch buffers(need_input ? threads * s.c * block_plane.floats() : 0);
+  float* const grads = kept<Use::grads>((whole ? threads : tiles) * y_floats);
+  float* const inputs = kept<Use::planes>(need_values ? (whole ? threads : tiles) * x_floats : 0);
+  float* const buffers = kept<Use::outputs>(need_input ? threads * s.c * block_plane.floats() : 0);
 
-  const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
-  const Rows transposed{t_row_ptr.const_data_ptr<int32_t>(), t_col.const_data_ptr<int32_t>()};
   const float* value_data = values.const_data_ptr<float>();
   std::vector<Walk> input_walks;
   if (need_input)
@@ -139,17 +149,18 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
     walk = forward_walk(s, rows, value_data, x_plane, y_plane);
     acc_entries = std::max(acc_entries, longest_row(walk, s.o));
   }
-  const Scratch accs(need_values ? threads * acc_entries * kLanes : 0);
-  const Scratch partial(need_values ? threads * nnz : 0);
-  if (need_values) std::memset(partial.get(), 0, threads * nnz * sizeof(float));
+  float* const accs = kept<Use::sums>(need_values ? threads * acc_entries * kLanes : 0);
+  float* const partial = kept<Use::shared>(need_values ? threads * nnz : 0);
+  if (need_values) std::memset(partial, 0, threads * nnz * sizeof(float));
 
   const Image out(s.n, s.o, y_plane, last), in(s.n, s.c, {s.h, s.w, 0, 0, 0, 0}, input_channels_last);
+  const Image input(s.n, s.c, x_plane, x_last);
   const float* src = grad.const_data_ptr<float>();
-  const float* x_tiles = need_values ? packed.const_data_ptr<float>() : nullptr;
+  const float* x_data = x.const_data_ptr<float>();
   float* dst = need_input ? dx.mutable_data_ptr<float>() : nullptr;
 
   const auto input_block = [&](int64_t thread, int64_t t, const float* grad_tile, int64_t b) {
-    float* buffer = buffers.get() + thread * s.c * block_plane.floats();
+    float* buffer = buffers + thread * s.c * block_plane.floats();
     const int64_t r0 = b * block, r1 = std::min(s.h, r0 + block);
     input_grad_rows(input_walks, s, grad_tile, buffer, block_plane, r0, r1);
     in.unpack(buffer, block_plane.floats(), block_plane.row(), dst, t, r0, r1);
@@ -157,14 +168,16 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
 
   if (whole) {
     parallel_ranges(tiles, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-      float* tile = grads.get() + thread * y_floats;
+      float* tile = grads + thread * y_floats;
       for (int64_t t = begin; t < end; ++t) {
         out.pack(src, t, tile, 0, s.o);
         if (need_input)
           for (int64_t b = 0; b < blocks; ++b) input_block(thread, t, tile, b);
-        if (need_values)
-          weight_grad_rows(walk, x_tiles + t * x_floats, tile, s, y_plane, 0, s.o, 0, s.oh(), kAccEntries, accs.get() + thread * acc_entries * kLanes,
-                           partial.get() + thread * nnz);
+        if (!need_values) continue;
+        float* x_tile = inputs + thread * x_floats;
+        input.pack(x_data, t, x_tile, 0, s.c);
+        weight_grad_rows(walk, x_tile, tile, s, y_plane, 0, s.o, 0, s.oh(), kAccEntries, accs + thread * acc_entries * kLanes,
+                           partial + thread * nnz);
       }
     });
   } else {
@@ -172,12 +185,19 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
     parallel_ranges(tiles * groups, threads, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = i / groups, c0 = i % groups * kLanes;
-        out.pack(src, t, grads.get() + t * y_floats, c0, std::min(s.o, c0 + kLanes));
+        out.pack(src, t, grads + t * y_floats, c0, std::min(s.o, c0 + kLanes));
+      }
+    });
+    const int64_t x_groups = (s.c + kLanes - 1) / kLanes;
+    parallel_ranges(need_values ? tiles * x_groups : 0, threads, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / x_groups, c0 = i % x_groups * kLanes;
+        input.pack(x_data, t, inputs + t * x_floats, c0, std::min(s.c, c0 + kLanes));
       }
     });
     if (need_input)
       parallel_ranges(tiles * blocks, threads, [&](int64_t thread, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) input_block(thread, i / blocks, grads.get() + i / blocks * y_floats, i % blocks);
+        for (int64_t i = begin; i < end; ++i) input_block(thread, i / blocks, grads + i / blocks * y_floats, i % blocks);
       });
     if (need_values)
       // rows in pieces of about equal entries
@@ -187,12 +207,12 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const T
           const int64_t out0 = std::lower_bound(ptr, ptr + s.o + 1, nnz * part / threads) - ptr;
           const int64_t out1 = std::lower_bound(ptr, ptr + s.o + 1, nnz * (part + 1) / threads) - ptr;
           for (int64_t t = 0; t < tiles; ++t)
-            weight_grad_rows(walk, x_tiles + t * x_floats, grads.get() + t * y_floats, s, y_plane, out0, std::min(s.o, out1), 0, s.oh(), kAccEntries,
-                             accs.get() + thread * acc_entries * kLanes, partial.get() + part * nnz);
+            weight_grad_rows(walk, inputs + t * x_floats, grads + t * y_floats, s, y_plane, out0, std::min(s.o, out1), 0, s.oh(), kAccEntries,
+                             accs + thread * acc_entries * kLanes, partial + part * nnz);
         }
       });
   }
-  if (need_values) sum_parts(partial.get(), threads, nnz, dvalues.mutable_data_ptr<float>());
+  if (need_values) sum_parts(partial, threads, nnz, dvalues.mutable_data_ptr<float>());
   return {dx, dvalues};
 }
 

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, race, race_steps
 from .chain import chained_layers, tile_chain
-from .masked import FORMATS as LAYER_FORMATS
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-FORMATS = (*LAYER_FORMATS, "tiled")
+FORMATS = (*MaskedConv2d.FORMATS, "tiled")
 
 
 def choose_layer(
@@ -28,40 +27,51 @@ def choose_layer(
     """
     masked = MASKED[type(module)].from_dense(module, mask)
     row = LayerPlan(name, type(module).__name__.lower(), site.shape if site else (), masked.sparsity, masked.format)
-    if fmt in LAYER_FORMATS and (insist or not masked.why_dense):
-        masked.set_format(fmt)
-        row.format, row.why = fmt, "asked for"
+    if fmt not in ("auto", "tiled") and (insist or not masked.why_dense):
+        masked.set_format(fmt if insist or fmt in masked.FORMATS else "packed")
+        row.format, row.why = masked.format, "asked for"
         return masked, row
     if masked.why_dense or site is None:
         row.why = masked.why_dense or "no sample to time it with"
         return masked, row
 
     other_density = 0.5 if mask.float().mean() < 0.4 else 0.2
+    packed = ("packed", *masked.rival_formats(site.shape))
 
     def measure() -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         other = (torch.rand(mask.shape, generator=generator) < other_density).to(mask.device)
-        dense = copy.deepcopy(masked)
-        dense.set_format("dense")
-        arms = {"plain": module, "dense": dense, "packed": copy.deepcopy(masked)}
-        return race(arms | {"other": type(masked).from_dense(module, other)}, site, module.weight.device)
+        other = type(masked).from_dense(module, other)
+        arms = {"plain": module, "dense": _in_format(masked, "dense")}
+        for one in packed:
+            arms |= {one: _in_format(masked, one), f"other {one}": _in_format(other, one)}
+        return race(arms, site, module.weight.device)
 
-    times = cache.get_or_race(cache.key("layer", module, site, round(masked.sparsity, 2)), measure)
+    times = cache.get_or_race(cache.key("layer", module, site, round(masked.sparsity, 2), packed), measure)
+    best = min(packed, key=times.__getitem__)
     row.dense_us = times["plain"]
-    row.format = "packed" if times["packed"] <= times["plain"] else "dense"
+    row.format = best if times[best] <= times["plain"] else "dense"
     row.chosen_us = times[row.format]
-    row.break_even = _break_even(times, 1 - masked.sparsity, other_density)
-    row.why = "fastest here" if row.format == "packed" else f"packed takes {times['packed'] / times['plain']:.2f} of it"
+    row.break_even = _break_even(
+        times["plain"], times[best], times[f"other {best}"], 1 - masked.sparsity, other_density
+    )
+    row.why = "fastest here" if row.format == best else f"{best} takes {times[best] / times['plain']:.2f} of it"
     masked.set_format(row.format)
     return masked, row
 
 
-def _break_even(times: Mapping[str, float], density: float, other: float) -> float | None:
+def _in_format(masked: MaskedModule, format: str) -> MaskedModule:
+    copied = copy.deepcopy(masked)
+    copied.set_format(format)
+    return copied
+
+
+def _break_even(plain: float, packed: float, packed_other: float, density: float, other: float) -> float | None:
     """The sparsity at which packed takes as long as plain, on the line through the two densities that were timed."""
-    slope = (times["packed"] - times["other"]) / (density - other)
+    slope = (packed - packed_other) / (density - other)
     if slope <= 0:
         return None
-    return min(1.0, max(0.0, 1 - (density + (times["plain"] - times["packed"]) / slope)))
+    return min(1.0, max(0.0, 1 - (density + (plain - packed) / slope)))
 
 
 def choose_model(
@@ -98,7 +108,7 @@ def choose_model(
     elif result.step_ratio > SLOWER_AT_MOST:
         why = f"the whole step took {result.step_ratio:.2f} of the dense one's with packed layers"
         for row in result.layers:
-            if row.format == "packed":
+            if row.format in MaskedConv2d.FORMATS and row.format != "dense":
                 model.get_submodule(row.layer).set_format("dense")
                 row.format, row.chosen_us, row.why = "dense", None, why
         result.step_ratio = None

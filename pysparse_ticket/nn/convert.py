@@ -35,8 +35,9 @@ def sparsify(
                whole step is raced dense, layer by layer, and with the masked convolutions in one chain of batch tiles
                (``nn/chain.py``), and the fastest kept. Without it every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
-    plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense);
-               or {layer name: format}, as for a rerun that must take the same kernels to end with the same bits
+    plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
+               "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
+               must take the same kernels to end with the same bits
 
     Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.

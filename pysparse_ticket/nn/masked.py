@@ -18,9 +18,13 @@ class MaskedModule(nn.Module):
     format "packed"  the Parameter ``values`` ``[nnz]`` holds the surviving weights in the order of ``weight[mask]``
     format "dense"   the Parameter ``weight`` has the dense shape and zeros where pruned; its gradient is masked
 
+    A class may have further formats (``FORMATS``), which are packed too and differ in the kernel.
+
     ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
     keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can.
     """
+
+    FORMATS = FORMATS
 
     def __init__(self, module: nn.Module, mask: Tensor) -> None:
         super().__init__()
@@ -74,19 +78,24 @@ class MaskedModule(nn.Module):
         return self.weight_parameter.numel() - self.nnz
 
     @property
+    def packed(self) -> bool:
+        """Whether the Parameter is ``values``: every format but "dense"."""
+        return self.format != "dense"
+
+    @property
     def weight_parameter(self) -> nn.Parameter:
         """``values`` or ``weight``, whichever the format has."""
-        return self.values if self.format == "packed" else self.weight
+        return self.values if self.packed else self.weight
 
     def __getattr__(self, name: str):
         # a property would hide the Parameter of that name from nn.Module and from replicas, which hold plain tensors
-        if name == "weight" and self.__dict__.get("format") == "packed":
+        if name == "weight" and self.__dict__.get("format", "dense") != "dense":
             return self.pattern.scatter(self.values)
         return super().__getattr__(name)
 
     def packed_values(self) -> Tensor:
         """``[nnz]`` surviving weights in either format; differentiable."""
-        return self.values if self.format == "packed" else self.pattern.gather(self.weight)
+        return self.values if self.packed else self.pattern.gather(self.weight)
 
     def masked_weight(self) -> Tensor:
         """Format "dense": the weight, with a gradient that is zero where pruned."""
@@ -94,27 +103,32 @@ class MaskedModule(nn.Module):
 
     def compact_like(self, tensor: Tensor) -> Tensor:
         """A tensor of the dense weight's shape to one of ``weight_parameter``'s, as for an optimizer's state."""
-        return self.pattern.gather(tensor) if self.format == "packed" else torch.where(self._mask, tensor, 0)
+        return self.pattern.gather(tensor) if self.packed else torch.where(self._mask, tensor, 0)
 
     def dense_like(self, tensor: Tensor) -> Tensor:
         """A tensor of ``weight_parameter``'s shape to one of the dense weight's."""
-        return self.pattern.scatter(tensor) if self.format == "packed" else tensor
+        return self.pattern.scatter(tensor) if self.packed else tensor
+
+    def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Packed formats that may be faster than "packed" for an input of that shape."""
+        return ()
 
     @torch.no_grad()
     def set_format(self, format: str) -> None:
-        """Change how the layer runs. The weight's Parameter is a new one; its gradient, if any, comes along.
+        """Change how the layer runs. To or from "dense" the weight's Parameter is a new one; its gradient comes along.
 
-        ValueError for an unknown format, or for "packed" where ``why_dense`` gives the reason against it.
+        ValueError for an unknown format, or for a packed one where ``why_dense`` gives the reason against it.
         """
-        if format not in FORMATS:
-            raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-        if format == self.format:
-            return
-        if format == "packed" and self.why_dense:
+        if format not in self.FORMATS:
+            raise ValueError(f"unknown format {format!r}; known: {', '.join(self.FORMATS)}")
+        if format != "dense" and self.why_dense:
             raise ValueError(f"this layer cannot be packed: {self.why_dense}")
+        if (format == "dense") != self.packed:
+            self.format = format
+            return
         old = self.weight_parameter
         weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
-        self._parameters.pop("values" if self.format == "packed" else "weight")
+        self._parameters.pop("values" if self.packed else "weight")
         self.format = format
         if format == "dense":
             self._mask = self.pattern.mask()
@@ -122,7 +136,7 @@ class MaskedModule(nn.Module):
             self._mask = None
         new = nn.Parameter(self.compact_like(weight), requires_grad=old.requires_grad)
         new.grad = None if grad is None else self.compact_like(grad)
-        self._parameters = {"values" if format == "packed" else "weight": new, **self._parameters}
+        self._parameters = {"values" if self.packed else "weight": new, **self._parameters}
 
     def _pack_if_possible(self) -> None:
         if not self.why_dense:
@@ -163,7 +177,7 @@ class MaskedModule(nn.Module):
         if weight is not None:
             kept = self.compact_like(weight.detach().to(self.col.device))
             own[key] = kept
-            if self.format == "packed":
+            if self.packed:
                 own[prefix + "values"] = own.pop(key)
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
         missing[:] = [key if name == prefix + "values" else name for name in missing]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.masked_conv2d import masked_conv2d
+from ..ops.masked_conv2d import LAYOUTS, default_layout, masked_conv2d, output_size
 from .masked import MaskedModule
 
 
@@ -21,9 +21,15 @@ def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 class MaskedConv2d(MaskedModule):
     """Equal to ``F.conv2d(x, weight * mask, bias, stride, padding, dilation, groups)``, ``padding_mode`` included.
 
+    format "tiles"   packed, 16 samples innermost
+    format "pixels"  packed, the pixels of one image innermost
+    format "packed"  the one of the two that ``ops.masked_conv2d.default_layout`` takes for the input
+
     Grouped convolutions, padding modes other than zeros, and a "same" padding that is not symmetric stay in format
     "dense"; ``why_dense`` says so.
     """
+
+    FORMATS = ("packed", *LAYOUTS, "dense")
 
     def __init__(self, module: nn.Conv2d, mask: Tensor) -> None:
         super().__init__(module, mask)
@@ -69,7 +75,13 @@ class MaskedConv2d(MaskedModule):
         if self.format == "dense":
             # torch's own code for all paddings; it reads the attributes that both classes have
             return nn.Conv2d._conv_forward(self, x, self.masked_weight(), self.bias)
-        return masked_conv2d(x, self.values, self.bias, self.pattern, self.stride, self.padding_pair, self.dilation)
+        layout = None if self.format == "packed" else self.format
+        geometry = (self.stride, self.padding_pair, self.dilation)
+        return masked_conv2d(x, self.values, self.bias, self.pattern, *geometry, layout=layout)
+
+    def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        output = output_size(shape[2:], self.kernel_size, self.stride, self.padding_pair, self.dilation)
+        return tuple(layout for layout in LAYOUTS if layout != default_layout(shape, output))
 
     def macs(self, input: Tensor, output: Tensor) -> int:
         """Multiply-adds of the surviving weights for the whole batch."""

@@ -10,6 +10,7 @@ from .library import CPU_ERROR, NAMESPACE, choose_backend
 from .pattern import Pattern
 
 Pair = tuple[int, int]
+LAYOUTS = ("tiles", "pixels")
 
 
 def masked_conv2d_reference(
@@ -29,6 +30,18 @@ def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dila
     return h, w
 
 
+def default_layout(size: tuple[int, ...], output: Pair) -> str:
+    """The layout that ``masked_conv2d`` takes unasked for an input ``[N, C, H, W]`` and an output image of that size.
+
+    Tiles where the batch fills at least seven lanes in eight of its tiles of 16 samples and either output images are
+    small (128 pixels), so that packing the batch costs less than the planes of each image, or the convolution is
+    strided; pixels elsewhere. docs/performance.md has the figures.
+    """
+    lanes, pixels = -(-size[0] // 16) * 16, output[0] * output[1]
+    tiles = 8 * size[0] >= 7 * lanes and (pixels <= 128 or size[2] * size[3] >= 2 * pixels)
+    return "tiles" if tiles else "pixels"
+
+
 def masked_conv2d(
     x: Tensor,
     values: Tensor,
@@ -38,6 +51,7 @@ def masked_conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     *,
+    layout: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Equal to ``F.conv2d(x, pattern.scatter(values), bias, stride, padding, dilation)``.
@@ -47,11 +61,15 @@ def masked_conv2d(
     bias     ``[O]`` or None
     pattern  of a mask ``[O, C, kh, kw]``
 
+    layout   "tiles": 16 samples innermost; "pixels": the pixels of one image; None: :func:`default_layout`. Only speed
+             and the order of sums depend on it
     backend  None: the C++ kernel for float32 and bfloat16 on the CPU (which computes bfloat16 in float32 and rounds the
              result once), else the plain-torch reference; ``"cpu"`` or ``"reference"`` to insist
 
     Raises ValueError on shapes that do not fit.
     """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if len(pattern.shape) != 4:
         raise ValueError(f"masked_conv2d needs the pattern of a mask [O, C, kh, kw], not of shape {pattern.shape}")
     if x.dim() != 4 or x.shape[1] != pattern.shape[1]:
@@ -63,7 +81,8 @@ def masked_conv2d(
     kernel_size = pattern.shape[2:]
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(f"stride {stride} and dilation {dilation} must be positive, padding {padding} not negative")
-    if min(output_size(x.shape[2:], kernel_size, stride, padding, dilation)) < 1:
+    output = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    if min(output) < 1:
         raise ValueError(
             f"an image of {x.shape[2]}x{x.shape[3]} is smaller than the kernel "
             f"{kernel_size[0]}x{kernel_size[1]}; use more padding or drop the layer"
@@ -72,11 +91,11 @@ def masked_conv2d(
         return masked_conv2d_reference(x, values, bias, pattern, stride, padding, dilation)
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"the cpu backend takes float32 and bfloat16, not {x.dtype}; use the reference backend")
-    keep = torch.is_grad_enabled() and values.requires_grad
+    pixels = (layout or default_layout(x.shape, output)) == "pixels"
     y = torch.ops.pysparse_ticket.masked_conv2d(
-        x.float(), values.float(), bias if bias is None else bias.float(), *pattern.tensors,
-        kernel_size, stride, padding, dilation, keep,
-    )[0]  # fmt: skip
+        x if pixels else x.float(), values.float(), bias if bias is None else bias.float(), *pattern.tensors,
+        kernel_size, stride, padding, dilation, pixels,
+    )  # fmt: skip
     return y.to(x.dtype)
 
 
@@ -92,44 +111,36 @@ def _image(like: Tensor, size: tuple[int, ...], channels_last: bool) -> Tensor:
 
 def _register() -> None:
     @torch.library.register_fake(f"{NAMESPACE}::masked_conv2d")
-    def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stride, padding, dilation, keep):
-        n, c, h, w = x.shape
-        out = output_size((h, w), kernel_size, stride, padding, dilation)
-        planes = (
-            max(size + p, (o - 1) * s + (k - 1) * d + 1)
-            for size, o, k, s, p, d in zip((h, w), out, kernel_size, stride, padding, dilation, strict=True)
-        )
-        tiles = (n + 15) // 16 if keep else 0
-        y = _image(x, (n, row_ptr.shape[0] - 1, *out), is_channels_last(x))
-        return y, x.new_empty((tiles, c, *planes, 16))
+    def _(x, values, bias, row_ptr, col, t_row_ptr, t_col, t_perm, kernel_size, stride, padding, dilation, pixels):
+        out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+        return _image(x, (x.shape[0], row_ptr.shape[0] - 1, *out), is_channels_last(x))
 
     @torch.library.register_fake(f"{NAMESPACE}::masked_conv2d_backward")
     def _(
-        grad, packed, values, row_ptr, col, t_row_ptr, t_col, t_perm, input_size, kernel_size, stride, padding,
-        dilation, channels_last, need_input, need_values,
+        grad, x, values, row_ptr, col, t_row_ptr, t_col, t_perm, input_size, kernel_size, stride, padding,
+        dilation, pixels, channels_last, need_input, need_values,
     ):  # fmt: skip
         grad_input = _image(grad, tuple(input_size), channels_last) if need_input else grad.new_empty((0,))
         return grad_input, values.new_empty((values.shape[0] if need_values else 0,))
 
     def setup_context(ctx, inputs, output):
-        x, values, _bias, *pattern, kernel_size, stride, padding, dilation, _keep = inputs
-        ctx.geometry = (kernel_size, stride, padding, dilation)
+        x, values, _bias, *pattern, kernel_size, stride, padding, dilation, pixels = inputs
+        ctx.geometry = (kernel_size, stride, padding, dilation, pixels)
         ctx.input_size, ctx.channels_last = x.shape, is_channels_last(x)
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], values, *pattern)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *pattern)
 
-    def backward(ctx, grad, _packed):
+    def backward(ctx, grad):
         need_input, need_values, need_bias = ctx.needs_input_grad[:3]
         rest = (None,) * 10
         if grad is None:
             return None, None, None, *rest
-        packed, values, *pattern = ctx.saved_tensors
+        x, values, *pattern = ctx.saved_tensors
         grad_input = grad_values = None
         if need_input or need_values:
             grad_input, grad_values = torch.ops.pysparse_ticket.masked_conv2d_backward(
                 grad,
-                packed,
+                x,
                 values,
                 *pattern,
                 ctx.input_size,
@@ -138,7 +149,7 @@ def _register() -> None:
                 need_input,
                 need_values,
             )
-        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
+        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32) if need_bias else None
         return grad_input if need_input else None, grad_values if need_values else None, grad_bias, *rest
 
     torch.library.register_autograd(f"{NAMESPACE}::masked_conv2d", backward, setup_context=setup_context)
