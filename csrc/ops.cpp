@@ -3,11 +3,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
+#include "cpu/tile_memory.h"
 
 static std::string cpu_isa(std::string name) {
   if (name != "?") pst::set_isa(name);
   return pst::isa_name(pst::isa());
 }
+
+static void keep_tile_memory(int64_t bytes) { pst::keep_tile_memory(bytes); }
 
 STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   // the instruction set in use; "?" asks, a name sets it, "" goes back to the machine's best
@@ -47,6 +50,8 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "tiled_linear_backward(Tensor grad, Tensor x, Tensor values, Tensor? y, Tensor schedule, Tensor t_schedule, "
       "SymInt samples, int in_features, int out_features, bool gate_x, bool need_x, bool need_values, bool need_bias) "
       "-> (Tensor, Tensor, Tensor)");
+  // how many bytes of freed tiles are kept for the next ones (csrc/cpu/tile_memory.h)
+  m.def("keep_tile_memory(int bytes) -> ()");
   // Chains of layers on batch tiles [ceil(n / 16), C, H + 2 halo, W + 2 halo, 16]
   m.def("tile_pack(Tensor x, int halo) -> Tensor");
   m.def("tile_unpack(Tensor tiles, SymInt n, int halo, bool channels_last) -> Tensor");
@@ -89,4 +94,5 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("keep_tile_memory", TORCH_BOX(&keep_tile_memory));
 }

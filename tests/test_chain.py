@@ -125,6 +125,105 @@ def test_skipped_blocks_pass_through_the_chain():
     torch.testing.assert_close(chain(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def filter_ticket(model):
+    """Half of the 224 filters that feed one convolution alone."""
+    return pst.at_init(model, score="magnitude", granularity="filter", remove=112)
+
+
+def check_chain(modules, x):
+    """The chain's output, gradients and running statistics are those of the modules one by one."""
+    chain = tile_chain(copy.deepcopy(modules))
+    expected, actual = modules(x), chain(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, list(modules.parameters()), weights)
+    ours = torch.autograd.grad(actual, list(chain.parameters()), weights)
+    # a bias before batch statistics has a gradient of rounding noise
+    noise = 1e-3 * max(float(g.abs().max()) for g in grads)
+    for (key, _), mine, theirs in zip(modules.named_parameters(), ours, grads, strict=True):
+        assert (mine - theirs).norm() < 2e-3 * max(float(theirs.norm()), noise), key
+    for (key, mine), theirs in zip(chain.named_buffers(), modules.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=key)
+    return chain
+
+
+@pytest.mark.parametrize("samples", [5, 32])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_filter_tickets_run_in_the_chain(training, samples):
+    torch.manual_seed(0)
+    model = resnet().train(training)
+    modules = pst.sparsify(model, filter_ticket(model))
+    chain = check_chain(modules, torch.randn(samples, 3, 8, 8))
+    tiled = [m for m in chain.modules() if hasattr(m, "_tile_pattern")]
+    # with the stem and the two shortcuts, which are whole
+    assert len(tiled) == 15 and {type(m) for m in tiled} == {nn.Conv2d, pst.nn.FilterSparseConv2d}
+    dense = pst.densify(chain)
+    assert not any(hasattr(m, "_tile_pattern") for m in dense.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_removed_filters_of_full_width_are_zeros(bias):
+    """Masked, filter-sparse at full width and whole convolutions in one chain."""
+    torch.manual_seed(0)
+    convs = [conv(3, 8, bias=bias), conv(8, 12, bias=bias), conv(12, 6, bias=bias), conv(6, 4, stride=2, bias=bias)]
+    keep_out, keep_in = torch.rand(12) < 0.5, torch.rand(8) < 0.5
+    modules = nn.Sequential(
+        convs[0],
+        nn.ReLU(),
+        pst.nn.FilterSparseConv2d.from_dense(convs[1], keep_out, keep_in),
+        pst.nn.MaskedConv2d.from_dense(convs[2], torch.rand(6, 12, 3, 3) < 0.3),
+        nn.BatchNorm2d(6),
+        convs[3],
+    )
+    chain = check_chain(modules, torch.randn(19, 3, 8, 8))
+    assert [hasattr(chain[i], "_tile_pattern") for i in (0, 2, 5)] == [True] * 3
+    cut = tile_chain(copy.deepcopy(modules[:3]))
+    removed = cut(torch.randn(3, 3, 8, 8))[:, ~keep_out]
+    assert not removed.any() and removed.numel()
+
+
+def test_filter_tickets_are_raced_and_rerun(monkeypatch):
+    torch.manual_seed(0)
+    model = resnet().eval()
+    times = {"dense": 3.0, "layers": 2.0, "tiled": 1.0}
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda arms, _: {arm: times[arm] for arm in arms})
+    monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
+    ticket, x = filter_ticket(model), torch.randn(4, 3, 8, 8)
+    sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
+    rows = pst.plan(sparse).rows()
+    assert {r["format"] for r in rows} == {"tiled"} and isinstance(sparse, TiledChain)
+    again = pst.sparsify(model, ticket, plan={r["layer"]: r["format"] for r in rows})
+    assert isinstance(again, TiledChain) and torch.equal(again(x), sparse(x))
+
+
+def test_hooked_and_lonely_whole_convolutions_stay_outside():
+    model = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), nn.Tanh(), conv(4, 4), nn.Tanh(), conv(4, 4))
+    model[0].register_forward_pre_hook(lambda *_: None)
+    mask = torch.rand(4, 4, 3, 3) < 0.5
+    model[6] = pst.nn.MaskedConv2d.from_dense(model[6], mask)
+    model[2] = pst.nn.MaskedConv2d.from_dense(model[2], mask)
+    chain = check_chain(model, torch.randn(3, 3, 8, 8))
+    assert [i for i, m in enumerate(chain) if hasattr(m, "_tile_pattern")] == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32 in", "bfloat16 in"])
+def test_autocast(dtype):
+    """Plain modules between and behind the tiles cast; the tiles stay float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6), nn.MaxPool2d(2), conv(6, 4), nn.ReLU(), conv(4, 4))
+    ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.5)
+    modules = pst.sparsify(model, ticket)
+    chain = tile_chain(copy.deepcopy(modules))
+    x = torch.randn(5, 3, 8, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = modules(x), chain(x)
+    assert actual.dtype == expected.dtype == dtype
+    # one rounding at the end against one behind each convolution
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.detach().abs().max()))
+    actual.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in chain.parameters())
+
+
 class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -144,7 +243,7 @@ class TwoInputs(Untraceable):
     [
         (Untraceable(), "Untraceable cannot be traced"),
         (TwoInputs(), "takes more than one input"),
-        (nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 3)), "fewer than two masked convolutions"),
+        (nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 3)), "fewer than two sparse convolutions"),
     ],
     ids=["data-dependent", "two-inputs", "one-convolution"],
 )

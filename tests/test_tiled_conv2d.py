@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pysparse_ticket.ops.library import backend_of
 from pysparse_ticket.ops.pattern import Pattern
 from pysparse_ticket.ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 
@@ -14,15 +15,35 @@ pytestmark = pytest.mark.usefixtures("poison")
 def close(got, want, terms, name):
     """Relative to the largest entry: float32 sums of that many terms, through a batch norm."""
     assert got.shape == want.shape, name
+    if not got.numel():
+        return
     error = ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
     assert error <= 1.2e-7 * (20 + 4 * terms**0.5), f"{name}: relative error {error:.2e}"
+
+
+def mask_of(kind, shape, g):
+    """A share kept at random, or what the kernel with groups of four outputs has to get right."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    if kind == "zero":
+        mask[:] = False
+    elif kind == "blocks of 8":
+        mask &= (torch.rand(-(-shape[0] // 8), shape[1], generator=g) < 0.5).repeat_interleave(8, 0)[
+            : shape[0], :, None, None
+        ]
+    elif kind == "no filter 2, no channel 1":
+        mask[2], mask[:, 1] = False, False
+    elif kind == "full and sparse groups":
+        mask[4:8] = torch.rand(mask[4:8].shape, generator=g) < 0.1
+    elif kind != "full":
+        mask = torch.rand(shape, generator=g) < kind
+    return mask
 
 
 def layer(n=19, channels=(6, 8), size=(9, 10), kernel=3, stride=1, padding=1, bias=False, density=0.3, seed=0):
     """Input, pattern, values and conv bias with their float64 twins, norm and its twin, residual."""
     g = torch.Generator().manual_seed(seed)
     c, o = channels
-    pattern = Pattern.from_mask(torch.rand(o, c, kernel, kernel, generator=g) < density)
+    pattern = Pattern.from_mask(mask_of(density, (o, c, kernel, kernel), g))
     x = torch.randn(n, c, *size, generator=g)
     values, shift = torch.randn(pattern.nnz, generator=g), torch.randn(o, generator=g) if bias else None
     norm = nn.BatchNorm2d(o)
@@ -106,6 +127,39 @@ def test_shapes(case, isa):
     run_both(*layer(**arguments), relu=True, halo=halo)
 
 
+@pytest.mark.parametrize("stride", [1, 2], ids=["stride 1", "stride 2"])
+@pytest.mark.parametrize(
+    "kind", ["zero", "full", "blocks of 8", "no filter 2, no channel 1", "full and sparse groups", 0.8, 0.5]
+)
+def test_masks(kind, stride, isa):
+    run_both(*layer(density=kind, stride=stride, channels=(5, 14), size=(7, 8)), relu=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 1, "padding": 0},
+        {"kernel": 5, "padding": 2, "size": (6, 7)},
+        {"size": (13, 37)},
+        {"channels": (70, 9)},
+    ],
+    ids=["1x1", "5x5", "many pixels", "blocks of channels"],
+)
+def test_full_masks(options, isa):
+    x, values, bias, pattern, _, residual, *geometry = layer(density="full", bias=True, n=5, **options)
+    run_both(x, values, bias, pattern, None, residual, *geometry, relu=True, halo=2)
+
+
+def test_a_kept_plan_is_of_this_pattern():
+    """Two masks of one shape and count, in turn; the values change from call to call."""
+    for seed in (0, 1, 0):
+        g = torch.Generator().manual_seed(seed)
+        order = torch.rand(8, 6, 3, 3, generator=g)
+        pattern = Pattern.from_mask(order > order.flatten().kthvalue(100).values)
+        x, _, _, _, norm, residual, *geometry = layer()
+        run_both(x, torch.randn(pattern.nnz), None, pattern, norm, residual, *geometry, relu=False)
+
+
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 def test_no_norm(with_residual, relu):
@@ -127,6 +181,7 @@ def test_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     run_both(*layer(n=35), relu=True)
+    run_both(*layer(n=35, density="full", channels=(3, 14)), relu=True)
     torch.set_num_threads(before)
 
 
@@ -224,6 +279,43 @@ def test_opcheck(norm_given):
     torch.library.opcheck(ops.tiled_mean, (tiles, 17, 1))
 
 
+def test_reference_backend():
+    """Plain torch: equal to the kernels in float32, and its own gradient's oracle in float64."""
+    x, values, _, pattern, norm, residual, *geometry = layer(n=5, size=(4, 3), channels=(2, 3))
+
+    def f(x, values, residual, backend=None, norm=norm):
+        to = {"backend": backend}
+        tiles, rest = tile_pack(x, **to), tile_pack(residual, **to)
+        z, again = tiled_conv2d(tiles, 5, 1, values, pattern, *geometry, norm=norm, residual=rest, relu=True, **to)
+        return tiled_mean(z, 5, **to).square().sum() + tile_unpack(again, 5, **to).pow(3).sum()
+
+    inputs = [t.requires_grad_() for t in (x, values, residual)]
+    twin = copy.deepcopy(norm)
+    ours, theirs = f(*inputs), f(*inputs, backend="reference", norm=twin)
+    assert backend_of("tiled_conv2d") == "reference"
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, twin.running_var)
+    doubles, wide = [t.detach().double().requires_grad_() for t in inputs], copy.deepcopy(norm).double()
+    assert torch.autograd.gradcheck(lambda *t: f(*t, norm=wide.eval()), doubles)
+
+
+def test_half_precision_becomes_float32():
+    x, values, _, pattern, *_ = layer()
+    tiles = tile_pack(x.bfloat16())
+    assert torch.equal(tiles, tile_pack(x.bfloat16().float()))
+    z, _ = tiled_conv2d(tiles, 19, 1, values.bfloat16(), pattern, padding=(1, 1))
+    assert torch.equal(z, tiled_conv2d(tiles, 19, 1, values.bfloat16().float(), pattern, padding=(1, 1))[0])
+
+
+def test_images_beyond_32_bit_offsets_are_refused():
+    x = torch.zeros(1, 1, 1, 1, 1).expand(1, 2048, 300, 302, 16)
+    pattern = Pattern.from_mask(torch.ones(1, 2048, 1, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="16 images of 2048 channels and 300x302 pixels are too large"):
+        tiled_conv2d(x, 16, 1, torch.zeros(2048), pattern)
+
+
 def test_compiles_in_one_graph():
     x, values, _, pattern, norm, residual, *geometry = layer()
 
@@ -247,7 +339,7 @@ def test_compiles_in_one_graph():
         ({"padding": (2, 2)}, "needs a halo of 2"),
         ({"residual": torch.zeros(2, 8, 3, 3, 16)}, "the residual has shape"),
         ({"x": torch.zeros(2, 6, 3, 3, 16), "padding": (0, 0)}, "smaller than the kernel"),
-        ({"x": torch.zeros(2, 6, 11, 12, 16).double()}, "float32 on the CPU"),
+        ({"x": torch.zeros(2, 6, 11, 12, 16).double(), "backend": "cpu"}, "float32 on the CPU"),
     ],
     ids=["tiles", "halo", "residual", "small image", "double"],
 )
@@ -256,3 +348,19 @@ def test_bad_input(change, message):
     arguments = {"x": tile_pack(x), "n": 19, "halo": 1, "values": values, "pattern": pattern}
     with pytest.raises(ValueError, match=message):
         tiled_conv2d(**{**arguments, "stride": stride, "padding": padding, **change})
+
+
+def test_freed_tiles_serve_the_next_tensor():
+    """Above a MiB; a limit of 0 frees them, and nothing that is still in use."""
+    x = torch.randn(16, 4, 64, 66)
+    first = tile_pack(x, 1)
+    want, where = first.clone(), first.data_ptr()
+    second = tile_pack(x, 1)
+    assert second.data_ptr() != where and where % 64 == 0
+    del first
+    again = tile_pack(x, 1)
+    assert again.data_ptr() == where and torch.equal(again, want)
+    torch.ops.pysparse_ticket.keep_tile_memory(0)
+    del second
+    assert torch.equal(again, want)
+    torch.ops.pysparse_ticket.keep_tile_memory(1 << 30)

@@ -34,14 +34,14 @@ def batch_norm(channels, g, affine=True, momentum=0.1):
 
 def check_pair(
     n=19, channels=(6, 8, 5), size=(9, 10), kernel=3, stride=1, padding=1, halo=1, training=True, with_residual=False,
-    relu=True, read_again=False, bias=False, affine=True, momentum=0.1,
+    relu=True, read_again=False, bias=False, affine=True, momentum=0.1, density=0.4,
 ):  # fmt: skip
     """relu(norm(conv(x)) [+ residual]), then conv, norm and ReLU; the first result may be read a second time."""
     g = torch.Generator().manual_seed(0)
     c, m, o = channels
     patterns = [
-        Pattern.from_mask(torch.rand(m, c, 3, 3, generator=g) < 0.4),
-        Pattern.from_mask(torch.rand(o, m, kernel, kernel, generator=g) < 0.4),
+        Pattern.from_mask(torch.rand(m, c, 3, 3, generator=g) < density),
+        Pattern.from_mask(torch.rand(o, m, kernel, kernel, generator=g) < density),
     ]
     data = [torch.randn(n, c, *size, generator=g), torch.randn(n, m, *size, generator=g)]
     data += [torch.randn(p.nnz, generator=g) for p in patterns]
@@ -111,6 +111,9 @@ SHAPES = {
     "5x5 halo 2": {"kernel": 5, "padding": 2, "halo": 2, "size": (7, 6)},
     "no padding": {"padding": 0, "n": 4, "channels": (2, 40, 30), "size": (31, 30)},
     "padding beyond the kernel": {"kernel": 1, "padding": 1},
+    "full": {"density": 1, "with_residual": True, "read_again": True},
+    "full, stride 2": {"density": 1, "stride": 2},
+    "full, many bands": {"density": 1, "n": 4, "channels": (2, 40, 3), "size": (30, 31)},
 }
 
 
@@ -182,6 +185,27 @@ def test_second_output_alone():
     conv = F.conv2d(x.double(), pattern.scatter(weights))
     want = F.batch_norm(conv, None, None, training=True).relu().pow(3).sum()
     close(grad, torch.autograd.grad(want, weights)[0], 180, "values")
+
+
+def test_reference_backend():
+    g = torch.Generator().manual_seed(0)
+    pattern = Pattern.from_mask(torch.rand(4, 4, 3, 3, generator=g) < 0.5)
+    x, values = torch.randn(5, 4, 6, 6, generator=g), torch.randn(pattern.nnz, generator=g)
+    norms = [batch_norm(4, g, True, 0.1) for _ in range(2)]
+
+    def run(x, values, norms, backend=None):
+        same = {"padding": (1, 1), "relu": True, "backend": backend}
+        raw, again = tiled_norm_conv2d(tile_pack(x, backend=backend), 5, 1, values, pattern, norm=norms[0], **same)
+        raw, z = tiled_norm_conv2d(raw, 5, 1, values, pattern, norm=norms[1], residual=again, keep=True, **same)
+        return tile_unpack(tiled_norm(raw, 5, 1) + z, 5, backend=backend).pow(3).mean()
+
+    twins = copy.deepcopy(norms)
+    leaves = [t.requires_grad_() for t in (x, values)]
+    ours, theirs = run(*leaves, norms), run(*leaves, twins, "reference")
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(norms[1].running_var, twins[1].running_var)
 
 
 @pytest.mark.parametrize("with_norm", [True, False], ids=["norm", "tiles"])

@@ -44,7 +44,8 @@ Plane grad_plane(const ConvShape& s) {
 }
 
 // Splits every row at multiples of a channel count whose planes a register block keeps in L1
-static void block_channels(Walk& w, const std::vector<int32_t>& channel, int64_t outputs, int64_t channels, int64_t lines) {
+static void block_channels(Walk& w, int64_t outputs, int64_t channels, int64_t lines) {
+  const std::vector<int32_t>& channel = w.channel;
   const int64_t per_block = std::max<int64_t>(1, kL1Lines / std::max<int64_t>(1, lines));
   w.blocks = int(std::max<int64_t>(1, ceil_div(channels, per_block)));
   const int64_t size = ceil_div(channels, w.blocks);
@@ -64,14 +65,17 @@ Walk forward_walk(const ConvShape& s, const Rows& rows, const float* values, con
   Walk w;
   const int64_t taps = s.kh * s.kw, nnz = rows.ptr[s.o];
   w.off.resize(nnz);
-  w.val.assign(values, values + nnz);
+  if (values) w.val.assign(values, values + nnz);
+  w.source.resize(nnz);
   w.row_begin.assign(rows.ptr, rows.ptr + s.o + 1);
-  std::vector<int32_t> channel(nnz), tap_off(taps);
+  w.channel.resize(nnz);
+  std::vector<int32_t> tap_off(taps);
   for (int64_t t = 0; t < taps; ++t)
     tap_off[t] = int32_t(((t / s.kw) * s.dh * x.wp() + (t % s.kw) * s.dw) * kLanes);
   for (int64_t k = 0; k < nnz; ++k) {
     const int64_t c = rows.col[k] / taps;
-    channel[k] = int32_t(c);
+    w.source[k] = int32_t(k);
+    w.channel[k] = int32_t(c);
     w.off[k] = int32_t(c * x.floats() + tap_off[rows.col[k] - c * taps]);
   }
   w.x_origin = ((x.top - s.ph) * x.wp() + (x.left - s.pw)) * kLanes;
@@ -83,7 +87,7 @@ Walk forward_walk(const ConvShape& s, const Rows& rows, const float* values, con
   w.rows = s.oh();
   w.cols = s.ow();
   const int64_t r = std::min<int64_t>(w.rows, 2), q = std::min<int64_t>(w.cols, 8);
-  block_channels(w, channel, s.o, s.c, ((r - 1) * s.sh + (s.kh - 1) * s.dh + 1) * ((q - 1) * s.sw + (s.kw - 1) * s.dw + 1));
+  block_channels(w, s.o, s.c, ((r - 1) * s.sh + (s.kh - 1) * s.dh + 1) * ((q - 1) * s.sw + (s.kw - 1) * s.dw + 1));
   return w;
 }
 
@@ -91,7 +95,6 @@ std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const i
                                    const Plane& x, const Plane& y) {
   const int64_t taps = s.kh * s.kw, nnz = rows.ptr[s.c];
   std::vector<Walk> walks(s.sh * s.sw);
-  std::vector<std::vector<int32_t>> channel(walks.size());
   std::vector<int32_t> tap_walk(taps), tap_off(taps);
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t r = (t / s.kw) * s.dh, c = (t % s.kw) * s.dw;
@@ -101,15 +104,15 @@ std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const i
   for (Walk& w : walks) {
     w.row_begin.assign(1, 0);
     w.off.reserve(nnz / walks.size() + s.c);
-    w.val.reserve(nnz / walks.size() + s.c);
   }
   for (int64_t c = 0; c < s.c; ++c) {
     for (int32_t k = rows.ptr[c]; k < rows.ptr[c + 1]; ++k) {
       const int64_t o = rows.col[k] / taps, t = rows.col[k] - o * taps;
       Walk& w = walks[tap_walk[t]];
-      channel[tap_walk[t]].push_back(int32_t(o));
+      w.channel.push_back(int32_t(o));
       w.off.push_back(int32_t(o * y.floats() + tap_off[t]));
-      w.val.push_back(values[perm[k]]);
+      w.source.push_back(perm[k]);
+      if (values) w.val.push_back(values[perm[k]]);
     }
     for (Walk& w : walks) w.row_begin.push_back(int32_t(w.off.size()));
   }
@@ -128,7 +131,7 @@ std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const i
       w.y_row = s.sh * x.row();
       w.y_pix = s.sw * kLanes;
       const int64_t r = std::min<int64_t>(w.rows, 2), q = std::min<int64_t>(w.cols, 8);
-      block_channels(w, channel[a * s.sw + b], s.c, s.o,
+      block_channels(w, s.c, s.o,
                      (r + ceil_div((s.kh - 1) * s.dh, s.sh)) * (q + ceil_div((s.kw - 1) * s.dw, s.sw)));
     }
   return walks;
@@ -162,19 +165,15 @@ int64_t longest_row(const Walk& w, int64_t outputs) {
   return most;
 }
 
-void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y, int64_t out0,
-                      int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad) {
+void weight_grad_rows(const Walk& w, RowsArgs a, int64_t out0, int64_t out1, int64_t entries, float* acc, float* grad) {
   for (int64_t o = out0; o < out1;) {
     int64_t next = o + 1;
     while (next < out1 && w.row_begin[next + 1] - w.row_begin[o] <= entries) ++next;
     const int64_t k0 = w.row_begin[o], count = w.row_begin[next] - k0;
     if (count) {
       std::memset(acc, 0, count * kLanes * sizeof(float));
-      RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
       a.out0 = int(o);
       a.out1 = int(next);
-      a.row0 = int(row0);
-      a.row1 = int(row1);
       a.acc = acc;
       a.acc0 = k0;
       tile_kernels().weight_grad(a);
@@ -182,6 +181,14 @@ void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile
     }
     o = next;
   }
+}
+
+void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y, int64_t out0,
+                      int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad) {
+  RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
+  a.row0 = int(row0);
+  a.row1 = int(row1);
+  weight_grad_rows(w, a, out0, out1, entries, acc, grad);
 }
 
 void sum_parts(const float* parts, int64_t count, int64_t size, float* out) {

@@ -43,6 +43,7 @@ struct Rows {
 struct Walk {
   std::vector<int32_t> off, seg;
   std::vector<float> val;
+  std::vector<int32_t> source, channel;  // per entry: where its value sits; the channel that it reads
   std::vector<int32_t> row_begin;  // first entry of each output
   int blocks = 1;
   int64_t x_origin = 0, y_origin = 0;  // floats from the first pixel of a channel in its plane
@@ -51,7 +52,7 @@ struct Walk {
   int64_t row_step = 1;                   // image rows from one walk row to the next
 };
 
-// y = conv(x): reads `x`, writes `y`
+// y = conv(x): reads `x`, writes `y`. Without values `val` stays empty
 Walk forward_walk(const ConvShape&, const Rows&, const float* values, const Plane& x, const Plane& y);
 // dx: reads the output gradient in `y`, writes `x`; stride_h * stride_w walks
 std::vector<Walk> input_grad_walks(const ConvShape&, const Rows& transposed, const int32_t* perm, const float* values,
@@ -65,6 +66,8 @@ constexpr int64_t kAccEntries = 4096;  // 256 KB of a 2 MB L2
 int64_t longest_row(const Walk&, int64_t outputs);
 void weight_grad_rows(const Walk&, const float* x_tile, const float* grad_tile, const ConvShape&, const Plane& grad_plane,
                       int64_t out0, int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad);
+// the same with x, y and rows as args say
+void weight_grad_rows(const Walk&, RowsArgs args, int64_t out0, int64_t out1, int64_t entries, float* acc, float* grad);
 void sum_parts(const float* parts, int64_t count, int64_t size, float* out);
 
 // 64-byte aligned floats that no constructor touches

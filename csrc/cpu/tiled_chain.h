@@ -15,6 +15,14 @@ inline Plane plane_of(const Tensor& t, int64_t halo) {
 // samples in a tile
 inline int lanes_of(int64_t n, int64_t tile) { return int(std::min<int64_t>(kLanes, n - tile * kLanes)); }
 
+// A tile's outputs are split when whole tiles do not share out evenly; parts begin at groups of outputs
+inline int64_t parts_of_tile(int64_t outputs, int64_t tiles, int64_t threads) {
+  return tiles % threads == 0 ? 1 : std::min((outputs + kGroup - 1) / kGroup, threads);
+}
+inline int64_t part_begin(int64_t outputs, int64_t part, int64_t parts) {
+  return part == parts ? outputs : (outputs + kGroup - 1) / kGroup * part / parts * kGroup;
+}
+
 inline ConvShape shape_of(const Tensor& x, int64_t halo, int64_t n, int64_t o, const std::vector<int64_t>& kernel,
                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                           const std::vector<int64_t>& dilation) {

@@ -7,9 +7,10 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/conv_plan.h"
+#include "cpu/conv_groups.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
+#include "cpu/tile_memory.h"
 #include "cpu/tiled_chain.h"
 
 namespace pst {
@@ -25,14 +26,14 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
   const ConvShape s = shape_of(x, halo, n, row_ptr.numel() - 1, kernel, stride, padding, dilation);
   const int64_t oh = s.oh(), ow = s.ow(), tiles = s.tiles(), threads = num_threads();
   const Plane x_plane = plane_of(x, halo), y_plane{oh, ow, 0, 0, 0, 0}, z_plane{oh, ow, halo, halo, halo, halo};
-  Tensor y = new_floats(x, {norm ? tiles : 0, s.o, oh, ow, kLanes});
-  Tensor z = new_floats(x, {tiles, s.o, z_plane.hp(), z_plane.wp(), kLanes});
+  Tensor y = new_tiles(x, {norm ? tiles : 0, s.o, oh, ow, kLanes});
+  Tensor z = new_tiles(x, {tiles, s.o, z_plane.hp(), z_plane.wp(), kLanes});
   Tensor stats = new_floats(x, {3, s.o});
   const bool batch_stats = norm && !mean;
   const Scratch sums(batch_stats ? tiles * s.o * 3 * kLanes : 0);
 
   const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
-  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), x_plane, norm ? y_plane : z_plane);
+  const ConvWalks walk = ConvWalks::forward(s, rows, values.const_data_ptr<float>(), x_plane, norm ? y_plane : z_plane);
   const float* src = x.const_data_ptr<float>();
   // without a norm the convolution goes straight into the output
   const Plane& raw_plane = norm ? y_plane : z_plane;
@@ -42,18 +43,20 @@ std::tuple<Tensor, Tensor, Tensor> tiled_conv2d(const Tensor& x, const Tensor& v
   const float *w = data_or_null(weight), *b = data_or_null(bias), *res = data_or_null(residual);
 
   // whole tiles to a thread when they share out evenly, else output channels of a tile too
-  const int64_t parts = tiles % threads == 0 ? 1 : std::min<int64_t>(s.o, threads);
-  const auto part_of = [&](int64_t i) { return std::pair{s.o * (i % parts) / parts, s.o * (i % parts + 1) / parts}; };
+  const int64_t parts = parts_of_tile(s.o, tiles, threads);
+  const auto part_of = [&](int64_t i) {
+    return std::pair{part_begin(s.o, i % parts, parts), part_begin(s.o, i % parts + 1, parts)};
+  };
   parallel_ranges(tiles * parts, threads, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i / parts;
       const auto [o0, o1] = part_of(i);
-      RowsArgs a = rows_args(walk, src + t * x_floats, raw + t * y_floats, s.o, raw_plane.floats(), norm ? nullptr : b);
+      RowsArgs a = walk.args(0, src + t * x_floats, raw + t * y_floats, raw_plane.floats(), norm ? nullptr : b);
       a.out0 = int(o0);
       a.out1 = int(o1);
       if (batch_stats) a.moments = sums.get() + t * s.o * 3 * kLanes;
       a.fresh = true;
-      kernels.rows(a);
+      walk.rows(0, a);
       if (!norm)
         for (int64_t o = o0; o < o1; ++o) clear_halo(dst + t * z_floats + o * z_plane.floats(), z_plane);
     }
@@ -112,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
   const Plane g_plane = need_x ? grad_plane(s) : y_plane;
   const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats(), z_floats = s.o * z_plane.floats(),
                 g_floats = s.o * g_plane.floats();
-  Tensor dx = need_x ? new_floats(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
+  Tensor dx = need_x ? new_tiles(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
   Tensor dvalues = new_floats(x, {need_values ? nnz : 0});
   Tensor dnorm = new_floats(x, {2, s.o});
-  Tensor dres = need_residual ? new_floats(x, {tiles, s.o, z_plane.hp(), z_plane.wp(), kLanes}) : new_floats(x, {0});
+  Tensor dres = need_residual ? new_tiles(x, {tiles, s.o, z_plane.hp(), z_plane.wp(), kLanes}) : new_floats(x, {0});
 
   const TileKernels& kernels = tile_kernels();
   const float *st = stats.const_data_ptr<float>(), *w = data_or_null(weight), *b = data_or_null(bias);
@@ -163,18 +166,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
   norm_terms(sums.get(), s.o, n, oh * ow, st, w, batch_stats, dnorm.mutable_data_ptr<float>(), terms.data());
 
   // pass 2, a tile at a time: gradient of y in a halo, input gradient, weight gradient
-  std::vector<Walk> input_walks;
+  ConvWalks input_walks, walk;
   const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
   const Rows transposed{t_row_ptr.const_data_ptr<int32_t>(), t_col.const_data_ptr<int32_t>()};
   const float* value_data = values.const_data_ptr<float>();
-  if (need_x) input_walks = input_grad_walks(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, x_plane, g_plane);
-  Walk walk;
-  int64_t acc_entries = kAccEntries;
+  if (need_x) input_walks = ConvWalks::input_grad(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, x_plane, g_plane);
+  int64_t scratch = 0;
   if (need_values) {
-    walk = forward_walk(s, rows, value_data, x_plane, g_plane);
-    acc_entries = std::max(acc_entries, longest_row(walk, s.o));
+    walk = ConvWalks::forward(s, rows, value_data, x_plane, g_plane);
+    scratch = walk.grad_scratch();
   }
-  const Scratch grads(threads * g_floats), accs(need_values ? threads * acc_entries * kLanes : 0);
+  const Scratch grads(threads * g_floats), accs(threads * scratch);
   const Scratch partial(need_values ? threads * nnz : 0);
   if (need_values) std::memset(partial.get(), 0, threads * nnz * sizeof(float));
   const float *in = x.const_data_ptr<float>(), *extra = data_or_null(pass);
@@ -200,16 +202,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
         if (need_x) {
           float* to = dst + t * x_floats;
           for (int64_t c = 0; c < s.c; ++c) clear_halo(to + c * x_plane.floats(), x_plane);
-          for (const Walk& walk : input_walks) {
-            if (!walk.rows || !walk.cols) continue;
-            RowsArgs a = rows_args(walk, tile, to, s.c, x_plane.floats(), nullptr);
-            if (extra) a.start = extra + t * x_floats + walk.y_origin;
-            kernels.rows(a);
+          for (int64_t i = 0; i < input_walks.size(); ++i) {
+            const Walk& phase = input_walks.walk(i);
+            if (!phase.rows || !phase.cols) continue;
+            RowsArgs a = input_walks.args(i, tile, to, x_plane.floats(), nullptr);
+            if (extra) a.start = extra + t * x_floats + phase.y_origin;
+            input_walks.rows(i, a);
           }
         }
         if (need_values)
-          weight_grad_rows(walk, in + t * x_floats, tile, s, g_plane, 0, s.o, 0, oh, kAccEntries,
-                           accs.get() + thread * acc_entries * kLanes, partial.get() + thread * nnz);
+          walk.weight_grad(in + t * x_floats, tile, g_plane, 0, oh, accs.get() + thread * scratch,
+                           partial.get() + thread * nnz);
       }
     });
   if (need_values) sum_parts(partial.get(), threads, nnz, dvalues.mutable_data_ptr<float>());
@@ -221,7 +224,7 @@ Tensor tile_pack(const Tensor& x_in, int64_t halo) {
   const Tensor x = last ? x_in : torch::stable::contiguous(x_in);
   const int64_t n = x.size(0), c = x.size(1), tiles = (n + kLanes - 1) / kLanes;
   const Plane plane{x.size(2), x.size(3), halo, halo, halo, halo};
-  Tensor out = new_floats(x, {tiles, c, plane.hp(), plane.wp(), kLanes});
+  Tensor out = new_tiles(x, {tiles, c, plane.hp(), plane.wp(), kLanes});
   const Image image(n, c, plane, last);
   const int64_t groups = (c + kLanes - 1) / kLanes;
   const float* src = x.const_data_ptr<float>();
@@ -271,7 +274,7 @@ Tensor tiled_mean_backward(const Tensor& grad_in, int64_t h, int64_t w, int64_t 
   const Tensor grad = torch::stable::contiguous(grad_in);
   const int64_t n = grad.size(0), c = grad.size(1), tiles = (n + kLanes - 1) / kLanes;
   const Plane plane{h, w, halo, halo, halo, halo};
-  Tensor out = new_floats(grad, {tiles, c, plane.hp(), plane.wp(), kLanes});
+  Tensor out = new_tiles(grad, {tiles, c, plane.hp(), plane.wp(), kLanes});
   const float* src = grad.const_data_ptr<float>();
   float* dst = out.mutable_data_ptr<float>();
   const float scale = 1.f / float(h * w);

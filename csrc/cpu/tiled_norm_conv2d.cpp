@@ -7,8 +7,10 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/conv_groups.h"
 #include "cpu/parallel.h"
 #include "cpu/row_window.h"
+#include "cpu/tile_memory.h"
 #include "cpu/tiled_chain.h"
 
 namespace pst {
@@ -121,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor> tiled_norm_conv2d(
   const ConvShape s = shape_of(x, halo, n, row_ptr.numel() - 1, kernel, stride, padding, dilation);
   const int64_t tiles = s.tiles(), threads = num_threads();
   const Plane x_plane = plane_of(x, halo), y_plane{s.oh(), s.ow(), halo, halo, halo, halo};
-  Tensor y = new_floats(x, {tiles, s.o, y_plane.hp(), y_plane.wp(), kLanes});
+  Tensor y = new_tiles(x, {tiles, s.o, y_plane.hp(), y_plane.wp(), kLanes});
   Tensor own = new_floats(x, {3, s.o});
-  Tensor z = keep && stats ? new_floats(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
+  Tensor z = keep && stats ? new_tiles(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
 
   const Affine affine(stats, weight, bias, s.c);
   const Input input{x.const_data_ptr<float>(), data_or_null(residual), affine, x_plane, s.c, relu};
@@ -132,13 +134,12 @@ std::tuple<Tensor, Tensor, Tensor> tiled_norm_conv2d(
   const Scratch windows(stats ? threads * s.c * window_plane.floats() : 0);
   const Scratch sums(mean ? 0 : tiles * s.o * 3 * kLanes);
   const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
-  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), stats ? window_plane : x_plane, y_plane);
+  const ConvWalks walk = ConvWalks::forward(s, rows, values.const_data_ptr<float>(), stats ? window_plane : x_plane, y_plane);
   const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats();
   float *dst = y.mutable_data_ptr<float>(), *kept = keep && stats ? z.mutable_data_ptr<float>() : nullptr;
-  const TileKernels& kernels = tile_kernels();
 
   // whole tiles to a thread when they share out evenly, else output channels of a tile too
-  const int64_t parts = tiles % threads == 0 ? 1 : std::min<int64_t>(s.o, threads);
+  const int64_t parts = parts_of_tile(s.o, tiles, threads);
   parallel_ranges(tiles * parts, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     std::optional<RowWindow> window;
     if (stats) window.emplace(windows.get() + thread * s.c * window_plane.floats(), window_plane, s.c, s.h);
@@ -153,15 +154,14 @@ std::tuple<Tensor, Tensor, Tensor> tiled_norm_conv2d(
           window->move(band.lo, band.hi, [&](int64_t c, int64_t r0, int64_t r1, float* at) {
             input.rows(t, c, r0, r1, at, window_plane.row(), z_out);
           });
-        RowsArgs a = rows_args(walk, window ? window->image() : input.x + t * x_floats, dst + t * y_floats, s.o,
-                               y_plane.floats(), nullptr);
-        a.out0 = int(s.o * part / parts);
-        a.out1 = int(s.o * (part + 1) / parts);
+        RowsArgs a = walk.args(0, window ? window->image() : input.x + t * x_floats, dst + t * y_floats, y_plane.floats(), nullptr);
+        a.out0 = int(part_begin(s.o, part, parts));
+        a.out1 = int(part_begin(s.o, part + 1, parts));
         a.row0 = int(band.out0);
         a.row1 = int(band.out1);
         if (!mean) a.moments = sums.get() + t * s.o * 3 * kLanes;
         a.fresh = true;
-        kernels.rows(a);
+        walk.rows(0, a);
       }
     }
   });
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_norm_conv2d_backward(
   const int64_t tiles = s.tiles(), threads = num_threads(), nnz = col.numel();
   const Plane x_plane = plane_of(x, halo), y_plane = plane_of(y, halo), g_halo = grad_plane(s);
   const int64_t x_floats = s.c * x_plane.floats(), y_floats = s.o * y_plane.floats();
-  Tensor dx = need_x ? new_floats(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
+  Tensor dx = need_x ? new_tiles(x, {tiles, s.c, x_plane.hp(), x_plane.wp(), kLanes}) : new_floats(x, {0});
   Tensor terms = new_floats(x, {3, s.c}), dnorm = new_floats(x, {2, s.c}), dvalues = new_floats(x, {need_values ? nnz : 0});
 
   // the convolution's input: stored, or made again
@@ -204,16 +204,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_norm_conv2d_backward(
   const Rows rows{row_ptr.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
   const Rows transposed{t_row_ptr.const_data_ptr<int32_t>(), t_col.const_data_ptr<int32_t>()};
   const float* value_data = values.const_data_ptr<float>();
-  std::vector<Walk> input_walks;
-  if (need_x) input_walks = input_grad_walks(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, x_plane, g_plane);
-  Walk walk;
-  int64_t acc_entries = kAccEntries;
+  ConvWalks input_walks, walk;
+  if (need_x) input_walks = ConvWalks::input_grad(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, x_plane, g_plane);
+  int64_t room = 0;
   if (need_values) {
-    walk = forward_walk(s, rows, value_data, again ? z_plane : x_plane, g_plane);
-    acc_entries = std::max(acc_entries, longest_row(walk, s.o));
+    walk = ConvWalks::forward(s, rows, value_data, again ? z_plane : x_plane, g_plane);
+    room = walk.grad_scratch();
   }
   const int64_t window_floats = s.o * g_plane.floats(), image_floats = again && need_values ? s.c * z_plane.floats() : 0;
-  const Scratch windows(threads * (window_floats + image_floats)), accs(need_values ? threads * acc_entries * kLanes : 0);
+  const Scratch windows(threads * (window_floats + image_floats)), accs(threads * room);
   const Scratch partial(need_values ? threads * nnz : 0), sums(tiles * s.c * 2 * kLanes);
   if (need_values) std::memset(partial.get(), 0, threads * nnz * sizeof(float));
   std::memset(sums.get(), 0, tiles * s.c * 2 * kLanes * sizeof(float));
@@ -254,13 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_norm_conv2d_backward(
             images->move(band.image.lo, band.image.hi, [&](int64_t c, int64_t r0, int64_t r1, float* at) {
               input.rows(t, c, r0, r1, at, z_plane.row(), nullptr);
             });
-          weight_grad_rows(walk, images ? images->image() : stored + t * x_floats, grads.image(), s, g_plane, 0, s.o,
-                           band.grad.out0, band.grad.out1, kAccEntries, accs.get() + thread * acc_entries * kLanes,
-                           partial.get() + thread * nnz);
+          walk.weight_grad(images ? images->image() : stored + t * x_floats, grads.image(), g_plane, band.grad.out0,
+                           band.grad.out1, accs.get() + thread * room, partial.get() + thread * nnz);
         }
-        for (const Walk& phase : input_walks) {
+        for (int64_t i = 0; need_x && i < input_walks.size(); ++i) {
+          const Walk& phase = input_walks.walk(i);
           if (!phase.rows || !phase.cols) continue;
-          RowsArgs a = rows_args(phase, grads.image(), dst + t * x_floats, s.c, x_plane.floats(), nullptr);
+          RowsArgs a = input_walks.args(i, grads.image(), dst + t * x_floats, x_plane.floats(), nullptr);
           if (bands.size() > 1) {
             a.row0 = int(band.x0);
             a.row1 = int(band.x1);
@@ -276,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_norm_conv2d_backward(
             a.gate_sums = sums.get() + t * s.c * 2 * kLanes;
             a.relu = relu;
           }
-          kernels.rows(a);
+          input_walks.rows(i, a);
         }
       }
     }
@@ -293,7 +292,7 @@ Tensor tiled_norm(const Tensor& y, const Tensor& stats, const MaybeTensor& weigh
                   const MaybeTensor& residual, int64_t halo, bool relu) {
   const Plane plane = plane_of(y, halo);
   const int64_t channels = y.size(1);
-  Tensor z = new_floats(y, {y.size(0), channels, plane.hp(), plane.wp(), kLanes});
+  Tensor z = new_tiles(y, {y.size(0), channels, plane.hp(), plane.wp(), kLanes});
   float* out = z.mutable_data_ptr<float>();
   const Affine affine(stats, weight, bias, channels);
   const Input input{y.const_data_ptr<float>(), data_or_null(residual), affine, plane, channels, relu};
@@ -312,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_norm_backward(const Tensor& grad, const
                                                        int64_t n, int64_t halo, bool relu, bool batch_stats) {
   const Plane plane = plane_of(y, halo);
   const int64_t tiles = y.size(0), channels = y.size(1);
-  Tensor gated = relu ? new_floats(y, {tiles, channels, plane.hp(), plane.wp(), kLanes}) : new_floats(y, {0});
+  Tensor gated = relu ? new_tiles(y, {tiles, channels, plane.hp(), plane.wp(), kLanes}) : new_floats(y, {0});
   Tensor terms = new_floats(y, {3, channels}), dnorm = new_floats(y, {2, channels});
   const Scratch sums(tiles * channels * 2 * kLanes);
   const Affine affine(stats, weight, bias, channels);

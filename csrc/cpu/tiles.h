@@ -8,6 +8,7 @@
 namespace pst {
 
 constexpr int kLanes = 16;
+constexpr int kGroup = 4;  // output channels that share the pixels that they load
 
 // Products of one tile's planes with sparse rows; the same loops serve the output, the input gradient (transposed
 // pattern, flipped taps) and the weight gradient (then y is read).
@@ -36,6 +37,12 @@ struct RowsArgs {
   bool relu;
   float* acc;             // weight gradient: 16 partial sums an entry, entry acc0 first
   int64_t acc0;
+  // groups of kGroup outputs, out0 a multiple of it; a pattern is the set of a group's outputs that have a weight in a column
+  int group_blocks, groups;
+  const int32_t* group_seg;    // [blocks, groups, 16]: columns of pattern p are seg[p - 1] .. seg[p]
+  const int32_t* group_first;  // [blocks, groups]: first weight
+  const int32_t* group_off;    // per column, as off
+  const float* group_val;      // per column, its outputs' weights
 };
 
 // One plane of one channel: rows x cols pixels, each operand with its own row step in floats
@@ -70,5 +77,14 @@ struct TileKernels {
 };
 
 const TileKernels& tile_kernels();
+
+struct GroupKernels {
+  int max_rows, max_cols;           // pixels of one register block
+  void (*rows)(const RowsArgs&);
+  // sums[k] += products of weight k of `count`, which are those of outputs [out0, out1) in the order of use; acc: 16 floats each
+  void (*weight_grad)(const RowsArgs&, int64_t count, float* sums);
+};
+
+const GroupKernels& group_kernels();
 
 }  // namespace pst

@@ -1,42 +1,6 @@
 // Included by tiles.cpp once per instruction set, with PST_VL floats to a vector and PST_REGS vector accumulators.
 
-typedef float V __attribute__((vector_size(PST_VL * 4)));
-typedef float VU __attribute__((vector_size(PST_VL * 4), aligned(4), may_alias));
-typedef int VI __attribute__((vector_size(PST_VL * 4)));
-
-constexpr int kSub = kLanes / PST_VL;
-
-static inline __attribute__((always_inline)) V load(const float* p) { return *(const VU*)p; }
-static inline __attribute__((always_inline)) void store(float* p, V v) { *(VU*)p = v; }
-// past the caches: a line of a fresh result is otherwise read from memory before it is overwritten
-static inline __attribute__((always_inline)) void stream(float* p, V v) {
-#if PST_X86 && PST_VL == 16
-  __builtin_ia32_movntps512(p, v);
-#elif PST_X86 && PST_VL == 8
-  __builtin_ia32_movntps256(p, v);
-#else
-  store(p, v);
-#endif
-}
-static inline void stream_end() {
-#if PST_X86
-  __builtin_ia32_sfence();
-#endif
-}
-static inline __attribute__((always_inline)) V splat(float s) {
-#if PST_VL == 16
-  return V{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
-#elif PST_VL == 8
-  return V{s, s, s, s, s, s, s, s};
-#else
-  return V{s, s, s, s};
-#endif
-}
-// one register a row of pixels: GCC would otherwise recompute every address from its parts
-static inline __attribute__((always_inline)) const float* in_register(const float* p) {
-  asm("" : "+r"(p));
-  return p;
-}
+#include "cpu/tile_block.inl"
 
 // R x Q output pixels in registers; S: floats from one pixel to the next on x, 0 when known at run time only
 template <int R, int Q, int S>
@@ -78,49 +42,7 @@ static void rows_block(const RowsArgs& a, int row, int col) {
             if (r + 1 < R) p = in_register(p + x_row);
           }
         }
-        if (last && a.moments) {
-          float* m = a.moments + o * 3 * kLanes + sub * PST_VL;
-          const bool first = a.fresh && row == 0 && col == 0;
-          // sums around the first pixel, so that a mean far from zero costs no digits
-          const V origin = first ? acc[0] : load(m);
-          V sum = first ? V{} : load(m + kLanes), square = first ? V{} : load(m + 2 * kLanes);
-#pragma GCC unroll 32
-          for (int i = 0; i < R * Q; ++i) {
-            const V d = acc[i] - origin;
-            sum += d;
-            square += d * d;
-          }
-          store(m, origin);
-          store(m + kLanes, sum);
-          store(m + 2 * kLanes, square);
-        }
-        if (last && a.gate_y) {
-          const int64_t at = out - a.y;
-          const V scale = splat(a.gate_scale[o]), shift = splat(a.gate_shift[o]), mean = splat(a.gate_mean[o]);
-          float* sums = a.gate_sums + o * 2 * kLanes + sub * PST_VL;
-          V sum = load(sums), product = load(sums + kLanes);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) {
-              const int64_t pixel = at + r * y_row + q * y_pix;
-              const V yv = load(a.gate_y + pixel);
-              V v = acc[r * Q + q];
-              if (a.relu) {
-                const V z = a.gate_z ? load(a.gate_z + pixel) : yv * scale + shift;
-                v = z > 0.f ? v : V{};
-              }
-              sum += v;
-              product += v * (yv - mean);
-              acc[r * Q + q] = v;
-            }
-          store(sums, sum);
-          store(sums + kLanes, product);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-          for (int q = 0; q < Q; ++q) store(out + r * y_row + q * y_pix, acc[r * Q + q]);
+        finish<R, Q>(a, o, sub, a.fresh && row == 0 && col == 0, last, out, acc);
       }
     }
   }
@@ -233,22 +155,47 @@ static inline __attribute__((always_inline)) void transpose(V* r) {
   swap_step<1>(r);
 }
 
-static void reduce(const float* acc, float* out, int64_t count) {
-  int64_t k = 0;
-  for (; k + PST_VL <= count; k += PST_VL) {
-    V total = V{};
-    for (int sub = 0; sub < kSub; ++sub) {
-      V r[PST_VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < PST_VL; ++i) r[i] = load(acc + (k + i) * kLanes + sub * PST_VL);
-      transpose(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < PST_VL; ++i) total += r[i];
-    }
-    store(out + k, load(out + k) + total);
+// S times 2 vectors to S: half of each sum's lanes in either one
+template <int S>
+static inline __attribute__((always_inline)) void add_halves(V* r) {
+  VI keep, swap;
+  for (int l = 0; l < PST_VL; ++l) {
+    keep[l] = l & S ? l + PST_VL : l;
+    swap[l] = l & S ? l - S + PST_VL : l + S;
   }
-  for (; k < count; ++k)
-    for (int l = 0; l < kLanes; ++l) out[k] += acc[k * kLanes + l];
+#pragma GCC unroll 16
+  for (int i = 0; i < S; ++i) r[i] = __builtin_shuffle(r[i], r[i + S], keep) + __builtin_shuffle(r[i], r[i + S], swap);
+}
+
+// lane l of the result: the sum of r[l]'s lanes
+static inline __attribute__((always_inline)) V sum_lanes(V* r) {
+#if PST_VL >= 16
+  add_halves<8>(r);
+#endif
+#if PST_VL >= 8
+  add_halves<4>(r);
+#endif
+  add_halves<2>(r);
+  add_halves<1>(r);
+  return r[0];
+}
+
+static void reduce(const float* acc, float* out, int64_t count) {
+  for (int64_t k = 0; k < count; k += PST_VL) {
+    const int n = count - k < PST_VL ? int(count - k) : PST_VL;
+    V r[PST_VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < PST_VL; ++i) {
+      const float* from = acc + (k + (i < n ? i : 0)) * kLanes;
+      r[i] = load(from);
+      for (int sub = 1; sub < kSub; ++sub) r[i] += load(from + sub * PST_VL);
+    }
+    const V sum = sum_lanes(r);
+    if (n == PST_VL)
+      store(out + k, load(out + k) + sum);
+    else
+      for (int i = 0; i < n; ++i) out[k + i] += sum[i];
+  }
 }
 
 static void pack(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {

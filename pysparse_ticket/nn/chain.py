@@ -1,5 +1,5 @@
-"""Runs a traced model's masked convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles,
-and its runs of masked linear layers as others.
+"""Runs a traced model's sparse convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles,
+and its runs of masked linear layers as others. Masked, filter-sparse and, beside those, whole convolutions take part.
 
 The model's modules stay where they are and keep their names, parameters and buffers; only its ``forward`` changes, by a
 class that derives from the model's own. In the chain nothing is packed or unpacked between two of our layers.
@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from ..ops.masked_conv2d import is_channels_last
 from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 from ..ops.tiled_norm_conv2d import Raw, tiled_norm, tiled_norm_conv2d
+from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .linear_chain import chain_linears, find_linear_runs, linear_names
-from .masked_conv2d import MaskedConv2d
+from .masked_conv2d import MaskedConv2d, resolve_padding
+from .tile_operands import Tileable, drop_pattern, keep_pattern, operands
+
+NORMS = (nn.BatchNorm2d, CompactBatchNorm2d)
 
 
 class TiledChain:
@@ -30,7 +34,7 @@ class TiledChain:
 
     def forward(self, *args, **kwargs):
         tiled = len(args) == 1 and not kwargs and not self.__dict__.get("_modules_one_by_one")
-        if tiled and isinstance(args[0], Tensor) and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
+        if tiled and isinstance(args[0], Tensor) and _runs_tiled(args[0]):
             return self._tiled_forward(args[0])
         return super().forward(*args, **kwargs)
 
@@ -42,6 +46,12 @@ class TiledChain:
             yield
         finally:
             del self._modules_one_by_one
+
+
+def _runs_tiled(x: Tensor) -> bool:
+    """float32 on the CPU, and half precision where autocast casts as the kernels do."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and (x.dtype == torch.float32 or half)
 
 
 @dataclass
@@ -62,8 +72,9 @@ class _Tracer(torch.fx.Tracer):
 
 
 def tile_chain(model: nn.Module) -> nn.Module:
-    """Give the model a forward that runs its masked convolutions in batch tiles, its masked linear layers in tiles of
-    samples (``nn/linear_chain.py``), or both, and return it.
+    """Give the model a forward that runs its sparse convolutions in batch tiles, its masked linear layers in tiles of
+    samples (``nn/linear_chain.py``), or both, and return it. A convolution that the ticket left whole joins where it
+    feeds a sparse one or is fed by it.
 
     ValueError with the reason when it cannot be traced, has no two of either in a row, or takes more than one input;
     the model is then as before.
@@ -72,10 +83,12 @@ def tile_chain(model: nn.Module) -> nn.Module:
     units, runs = _find_units(graph, modules), find_linear_runs(graph, modules, _is_relu)
     if len(units) < 2 and not runs:
         raise ValueError(
-            f"{type(model).__name__} has fewer than two masked convolutions, or linear layers in a row, to chain"
+            f"{type(model).__name__} has fewer than two sparse convolutions, or masked linear layers in a row, to chain"
         )
     chain_linears(graph, runs)
     if len(units) >= 2:
+        for unit in units.values():
+            keep_pattern(modules[unit.conv.target])
         graph = _rewrite(graph, units, modules)
     code = graph.python_code("self")
     namespace = dict(code.globals)
@@ -101,6 +114,8 @@ def untile(model: nn.Module) -> nn.Module:
     """Undo :func:`tile_chain`; a model that is not tiled is returned as it is."""
     if isinstance(model, TiledChain):
         model.__class__ = type(model).__mro__[2]
+        for module in model.modules():
+            drop_pattern(module)
     return model
 
 
@@ -116,11 +131,11 @@ def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[to
 
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
-        if not isinstance(module, MaskedConv2d) or module.why_dense or calls.count(node.target) > 1:
+        if module is None or not _tileable(module) or calls.count(node.target) > 1:
             continue
         unit = _Unit(node, [node])
         user = only_user(node)
-        if user is not None and user.op == "call_module" and type(modules[user.target]) is nn.BatchNorm2d:
+        if user is not None and user.op == "call_module" and type(modules[user.target]) in NORMS:
             unit.norm = user.target
             unit.nodes.append(user)
             user = only_user(user)
@@ -133,7 +148,34 @@ def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[to
             unit.nodes.append(user)
         taken.update(unit.nodes)
         units.append(unit)
-    return {unit.nodes[-1]: unit for unit in units}
+    return {unit.nodes[-1]: unit for unit in _beside_sparse(units, modules)}
+
+
+def _tileable(module: nn.Module) -> bool:
+    if isinstance(module, MaskedConv2d):
+        return not module.why_dense
+    if type(module) is nn.Conv2d:  # a hook may change its weight, as torch.nn.utils.prune does
+        plain = module.groups == 1 and module.padding_mode == "zeros"
+        plain = plain and not module._forward_pre_hooks and not module._forward_hooks
+    else:
+        plain = isinstance(module, FilterSparseConv2d)
+    return plain and resolve_padding(module) is not None
+
+
+def _beside_sparse(units: list[_Unit], modules: dict[str, nn.Module]) -> list[_Unit]:
+    """Without the whole convolutions that would be packed and unpacked for nobody."""
+    kept = {unit.nodes[-1] for unit in units if type(modules[unit.conv.target]) is not nn.Conv2d}
+    grows = True
+    while grows:
+        grows = False
+        for unit in units:
+            end = unit.nodes[-1]
+            reads = {unit.conv.args[0], unit.residual}
+            feeds = any(end in (other.conv.args[0], other.residual) for other in units if other.nodes[-1] in kept)
+            if end not in kept and (feeds or reads & kept):
+                kept.add(end)
+                grows = True
+    return [unit for unit in units if unit.nodes[-1] in kept]
 
 
 def _other_summand(node: torch.fx.Node, one: torch.fx.Node) -> torch.fx.Node | None:
@@ -170,7 +212,7 @@ def _is_global_mean(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str |
 
 def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: dict[str, nn.Module]) -> torch.fx.Graph:
     """The graph with each unit as one call on tiles, packing and unpacking only where a neighbour is not ours."""
-    halo = max(max(modules[unit.conv.target].padding_pair) for unit in units.values())
+    halo = max(max(resolve_padding(modules[unit.conv.target])) for unit in units.values())
     inner = {node for unit in units.values() for node in unit.nodes[:-1]}
     new = torch.fx.Graph()
     plain: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -229,30 +271,29 @@ def _drop_identities(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> No
             graph.erase_node(node)
 
 
-def _arguments(x: Tensor | Raw, root: Tensor, halo: int, conv: MaskedConv2d) -> tuple:
-    return (
-        x, root.shape[0], halo, conv.packed_values(), conv.pattern, conv.stride, conv.padding_pair, conv.dilation,
-    )  # fmt: skip
+def _arguments(x: Tensor | Raw, root: Tensor, halo: int, conv: Tileable) -> tuple:
+    values, pattern = operands(conv)[:2]
+    return x, root.shape[0], halo, values, pattern, conv.stride, resolve_padding(conv), conv.dilation
 
 
 def _run(
-    x: Tensor, root: Tensor, halo: int, conv: MaskedConv2d, residual: Tensor | None, relu: bool
+    x: Tensor, root: Tensor, halo: int, conv: Tileable, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    return tiled_conv2d(*_arguments(x, root, halo, conv), bias=conv.bias, residual=residual, relu=relu)
+    return tiled_conv2d(*_arguments(x, root, halo, conv), bias=operands(conv)[2], residual=residual, relu=relu)
 
 
 def _run_raw(
     x: Tensor | Raw,
     root: Tensor,
     halo: int,
-    conv: MaskedConv2d,
+    conv: Tileable,
     norm: nn.BatchNorm2d,
     residual: Tensor | None,
     relu: bool,
     keep: bool,
 ) -> tuple[Raw, Tensor | None]:
-    arguments = _arguments(x, root, halo, conv)
-    return tiled_norm_conv2d(*arguments, bias=conv.bias, norm=norm, residual=residual, relu=relu, keep=keep)
+    arguments, bias = _arguments(x, root, halo, conv), operands(conv)[2]
+    return tiled_norm_conv2d(*arguments, bias=bias, norm=norm, residual=residual, relu=relu, keep=keep)
 
 
 def _norm(raw: Raw, root: Tensor, halo: int) -> Tensor:
@@ -260,15 +301,16 @@ def _norm(raw: Raw, root: Tensor, halo: int) -> Tensor:
 
 
 def _unpack(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
-    return tile_unpack(tiles, root.shape[0], halo, is_channels_last(root))
+    return tile_unpack(tiles, root.shape[0], halo, is_channels_last(root)).to(root.dtype)
 
 
 def _mean(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
-    return tiled_mean(tiles, root.shape[0], halo)
+    return tiled_mean(tiles, root.shape[0], halo).to(root.dtype)
 
 
 def chained_layers(model: nn.Module) -> list[str]:
-    """Names of the masked layers that a tiled model runs in its chains; ValueError as :func:`tile_chain`."""
+    """Names of the sparse layers that a tiled model runs in its chains; ValueError as :func:`tile_chain`."""
     graph, modules = _trace(model)
-    convs = [n for n, m in modules.items() if isinstance(m, MaskedConv2d) and not m.why_dense]
-    return (convs if len(convs) >= 2 else []) + linear_names(find_linear_runs(graph, modules, _is_relu))
+    units = [unit.conv.target for unit in _find_units(graph, modules).values()]
+    convs = [name for name in units if type(modules[name]) is not nn.Conv2d] if len(units) >= 2 else []
+    return convs + linear_names(find_linear_runs(graph, modules, _is_relu))

@@ -106,6 +106,8 @@ def choose_model(
     if best == "tiled" and result.step_ratio <= SLOWER_AT_MOST:
         _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
     elif result.step_ratio > SLOWER_AT_MOST:
+        if not any(row.format == "packed" for row in result.layers):
+            return  # compact layers have no dense format
         why = f"the whole step took {result.step_ratio:.2f} of the dense one's with packed layers"
         for row in result.layers:
             if row.format in MaskedConv2d.FORMATS and row.format != "dense":
@@ -118,7 +120,8 @@ def choose_model(
 def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> None:
     names = chained_layers(model)
     for name in names:
-        model.get_submodule(name).set_format("packed")
+        if isinstance(model.get_submodule(name), MaskedModule):
+            model.get_submodule(name).set_format("packed")
     tile_chain(model)
     for row in result.layers if result else ():
         if row.layer in names:

@@ -32,12 +32,12 @@ def sparsify(
 
     sample     an input batch (or a batch whose first entry is the input), of the shape and memory format that
                training will have. With it each masked layer's formats are raced and the fastest kept; then the
-               whole step is raced dense, layer by layer, and with the masked convolutions in one chain of batch tiles
+               whole step is raced dense, layer by layer, and with the sparse convolutions in one chain of batch tiles
                (``nn/chain.py``), and the fastest kept. Without it every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
-               must take the same kernels to end with the same bits
+               must take the same kernels to end with the same bits. Layers without some filters are "compact" or "tiled"
 
     Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.
@@ -50,13 +50,15 @@ def sparsify(
     owners = _mask_owners(model, ticket)
     chains = _chains(model, ticket)
     insisted = {} if isinstance(plan, str) else dict(plan)
-    forced = dict.fromkeys(owners, plan) if isinstance(plan, str) else insisted
+    compact = dict.fromkeys([*chains, *(chain.consumer for chain in chains.values())])
+    forced = dict.fromkeys([*owners, *compact], plan) if isinstance(plan, str) else insisted
     for name, fmt in forced.items():
-        if name not in owners:
+        if name not in owners and name not in compact:
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
-        if fmt not in (*FORMATS, "auto"):
-            raise ValueError(f"unknown format {fmt!r} for {name}; known: {', '.join(FORMATS)}")
-    auto = plan == "auto" and x is not None and bool(owners)
+        known = (*FORMATS, "auto") if name in owners or isinstance(plan, str) else ("compact", "tiled", "auto")
+        if fmt not in known:
+            raise ValueError(f"unknown format {fmt!r} for {name}; known: {', '.join(known)}")
+    auto = plan == "auto" and x is not None and bool(owners or compact)
     dense = copy.deepcopy(model) if auto else None
     sites = find_sites(model, x, list(owners)) if auto else {}
 

@@ -107,6 +107,22 @@ class FilterSparseConv2d(_DenseState):
         full = y.new_zeros((y.shape[0], self.out_channels, *y.shape[2:]))
         return full.index_copy(1, self.out_index, y)
 
+    def tile_mask(self) -> Tensor:
+        """bool ``[O, C, kh, kw]`` of the weights that there are, over the channels that input and output have: the kept
+        ones where they are compact."""
+        outputs = len(self.out_index) if self.compact_out else self.out_channels
+        inputs = len(self.in_index) if self.compact_in else self.in_channels
+        mask = torch.zeros(outputs, inputs, *self.kernel_size, dtype=torch.bool, device=self.weight.device)
+        rows = slice(None) if self.compact_out else self.out_index[:, None]
+        mask[rows, slice(None) if self.compact_in else self.in_index] = True
+        return mask
+
+    def tile_bias(self) -> Tensor | None:
+        """The bias over the same outputs, zero where a filter was removed."""
+        if self.bias is None or self.compact_out or len(self.out_index) == self.out_channels:
+            return self.bias
+        return self.bias.new_zeros(self.out_channels).index_copy(0, self.out_index, self.bias)
+
     def macs(self, _, output: Tensor) -> int:
         """Multiply-adds of one forward pass over the whole batch."""
         return output.shape[0] * output.shape[2] * output.shape[3] * self.weight.numel()

@@ -8,7 +8,7 @@ from ..ops.masked_conv2d import LAYOUTS, default_layout, masked_conv2d, output_s
 from .masked import MaskedModule
 
 
-def _resolve_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+def resolve_padding(conv: nn.Module) -> tuple[int, int] | None:
     """Padding as numbers; None for a "same" that pads its sides differently."""
     if conv.padding == "valid":
         return (0, 0)
@@ -36,7 +36,7 @@ class MaskedConv2d(MaskedModule):
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(module, name))
         self.padding_mode = module.padding_mode
-        self.padding_pair = _resolve_padding(module)
+        self.padding_pair = resolve_padding(module)
         if module.groups > 1:
             self.why_dense = f"groups={module.groups}; the packed kernels take ungrouped convolutions"
         elif module.padding_mode != "zeros":

@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .library import CPU_ERROR, NAMESPACE
+from . import tiled_reference as reference
+from .library import CPU_ERROR, NAMESPACE, choose_backend
 from .masked_conv2d import Pair, output_size
 from .pattern import Pattern
+from .tiled_reference import LANES
 
-LANES = 16
 _ops = torch.ops.pysparse_ticket
 
 
@@ -25,28 +26,35 @@ def _tiles(n: int) -> int:
     return (n + LANES - 1) // LANES
 
 
-def _check_cpu(x: Tensor) -> None:
-    if CPU_ERROR:
-        raise RuntimeError(f"no cpu backend: {CPU_ERROR}")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"batch tiles are float32 on the CPU, not {x.dtype} on {x.device}")
+def _backend(op: str, backend: str | None, x: Tensor) -> str:
+    name = choose_backend(op, backend, x)
+    if name == "cpu" and (x.dtype != torch.float32 or x.device.type != "cpu"):
+        raise ValueError(f"the cpu backend's tiles are float32 on the CPU, not {x.dtype} on {x.device}")
+    return name
 
 
-def tile_pack(x: Tensor, halo: int = 1) -> Tensor:
-    """``[N, C, H, W]`` of any strides to tiles; differentiable."""
-    _check_cpu(x)
-    return _ops.tile_pack(x, halo)
+def tile_pack(x: Tensor, halo: int = 1, *, backend: str | None = None) -> Tensor:
+    """``[N, C, H, W]`` of any strides to tiles; half precision becomes float32; differentiable. ``backend`` as in
+    :func:`tiled_conv2d`."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
+    return reference.pack(x, halo) if _backend("tile_pack", backend, x) == "reference" else _ops.tile_pack(x, halo)
 
 
-def tile_unpack(tiles: Tensor, n: int, halo: int = 1, channels_last: bool = False) -> Tensor:
+def tile_unpack(
+    tiles: Tensor, n: int, halo: int = 1, channels_last: bool = False, *, backend: str | None = None
+) -> Tensor:
     """Tiles of n samples to ``[n, C, H, W]``, contiguous or channels_last; differentiable."""
-    _check_cpu(tiles)
+    if _backend("tile_unpack", backend, tiles) == "reference":
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return reference.unpack(tiles, n, halo).contiguous(memory_format=memory_format)
     return _ops.tile_unpack(tiles.contiguous(), n, halo, channels_last)
 
 
-def tiled_mean(tiles: Tensor, n: int, halo: int = 1) -> Tensor:
+def tiled_mean(tiles: Tensor, n: int, halo: int = 1, *, backend: str | None = None) -> Tensor:
     """Global average pool: tiles of n samples to ``[n, C]``; differentiable."""
-    _check_cpu(tiles)
+    if _backend("tiled_mean", backend, tiles) == "reference":
+        return reference.unpack(tiles, n, halo).mean((2, 3))
     return _ops.tiled_mean(tiles.contiguous(), n, halo)
 
 
@@ -104,6 +112,7 @@ def tiled_conv2d(
     norm: nn.BatchNorm2d | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``act(norm(conv(x)) + residual)`` on tiles of n samples, and x again.
 
@@ -112,22 +121,29 @@ def tiled_conv2d(
     norm      a BatchNorm2d; in training its running statistics are updated as its own forward would
     residual  tiles of the output's shape
     relu      ends with a ReLU
+    backend   None: the C++ kernel for float32 on the CPU, else the plain-torch reference; ``"cpu"`` or ``"reference"``
+              to insist
 
     The second output is x itself. Whoever else reads x (the residual of the block, a second branch) should read this
     one: its gradient is then added inside the input gradient's kernel instead of in a pass over memory of its own.
-    Raises ValueError on shapes that do not fit and on a halo that is too small.
+    Raises ValueError on shapes that do not fit, on a halo that is too small and on images too large for the kernel.
     """
     out = _check_input(x, n, halo, pattern, stride, padding, dilation, residual)
+    if _backend("tiled_conv2d", backend, x) == "reference":
+        y = reference.conv(x, n, halo, values, pattern, stride, padding, dilation, bias, norm)
+        return reference.act(y, residual, relu), x
+    _check_range(x, out, pattern, dilation)
     if residual is not None:
         residual = residual.contiguous()
     x = x.contiguous()
 
     def run(weight, shift, mean, var, eps):
         return _TiledConv2d.apply(
-            x, values, weight, shift, mean, var, residual, *pattern.tensors, n, halo,
+            x, values.float(), weight, shift, mean, var, residual, *pattern.tensors, n, halo,
             (pattern.shape[2:], stride, padding, dilation), norm is not None, eps, relu,
         )  # fmt: skip
 
+    bias = bias if bias is None else bias.float()
     if norm is None:
         z, again, _ = run(None, bias, None, None, 0.0)
         return z, again
@@ -142,7 +158,6 @@ def _check_input(
     x: Tensor, n: int, halo: int, pattern: Pattern, stride: Pair, padding: Pair, dilation: Pair, residual: Tensor | None
 ) -> Pair:
     """Size of the output's images."""
-    _check_cpu(x)
     outputs, channels = pattern.shape[:2]
     if x.dim() != 5 or x.shape[0] != _tiles(n) or x.shape[1] != channels or x.shape[4] != LANES:
         raise ValueError(f"tiled_conv2d needs tiles [{_tiles(n)}, {channels}, Hp, Wp, 16], not {tuple(x.shape)}")
@@ -156,6 +171,21 @@ def _check_input(
     if residual is not None and residual.shape != shape:
         raise ValueError(f"the residual has shape {tuple(residual.shape)}, the output {shape}")
     return out
+
+
+def _check_range(x: Tensor, out: Pair, pattern: Pattern, dilation: Pair) -> None:
+    """The kernels' offsets within a tile are int32, in floats."""
+    outputs, channels, *kernel = pattern.shape
+    halo = [2 * d * k for d, k in zip(dilation, kernel, strict=True)]
+    largest = LANES * max(
+        channels * x.shape[2] * x.shape[3],
+        outputs * max(out[0] + halo[0], x.shape[2]) * max(out[1] + halo[1], x.shape[3]),
+    )
+    if largest >= 2**31:
+        raise ValueError(
+            f"16 images of {max(channels, outputs)} channels and {x.shape[2]}x{x.shape[3]} pixels are too large for "
+            "the tiled kernel's 32-bit offsets; run this layer outside the chain of tiles"
+        )
 
 
 def _norm_arguments(

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import tiled_reference as reference
 from .library import CPU_ERROR, NAMESPACE
 from .masked_conv2d import Pair, output_size
 from .pattern import Pattern
-from .tiled_conv2d import LANES, _check_input, _norm_arguments, _update_running
+from .tiled_conv2d import LANES, _backend, _check_input, _check_range, _norm_arguments, _update_running
 
 _ops = torch.ops.pysparse_ticket
 
@@ -29,16 +30,18 @@ class Raw:
     """``act(norm(conv) + residual)`` on tiles, not yet computed; to be read once, by one of this file's functions.
 
     conv      ``[T, C, H + 2 * halo, W + 2 * halo, 16]``, the halo undefined
-    stats     ``[3, C]``: mean, 1 / sqrt(var + eps), biased variance
+    stats     ``[3, C]``: mean, 1 / sqrt(var + eps), biased variance; None on the reference backend, where conv is the
+              convolution behind its norm
     """
 
     conv: Tensor
-    stats: Tensor
+    stats: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     batch_stats: bool
     residual: Tensor | None
     relu: bool
+    backend: str = "cpu"
 
 
 class _NormConv2d(torch.autograd.Function):
@@ -110,6 +113,8 @@ class _Norm(torch.autograd.Function):
 
 def tiled_norm(raw: Raw, n: int, halo: int) -> Tensor:
     """The tiles that a Raw of n samples stands for."""
+    if raw.backend == "reference":
+        return reference.act(raw.conv, raw.residual, raw.relu)
     return _Norm.apply(raw.conv, raw.stats, raw.weight, raw.bias, raw.residual, raw.relu, raw.batch_stats, n, halo)
 
 
@@ -128,21 +133,35 @@ def tiled_norm_conv2d(
     residual: Tensor | None = None,
     relu: bool = False,
     keep: bool = False,
+    backend: str | None = None,
 ) -> tuple[Raw, Tensor | None]:
     """``tiled_conv2d`` with a norm, its result as a Raw; and the tiles that it read.
 
     x         tiles, or the Raw of the layer before
     keep      whether others read a Raw x too. They get it as the second output, which is None otherwise
+    backend   as in ``tiled_conv2d``; a Raw x is read on the backend that made it
 
     Everything else, the second output of tiles included, is as in ``tiled_conv2d``.
     """
-    raw = x if isinstance(x, Raw) else Raw(x, None, None, None, False, None, False)
+    if isinstance(x, Raw):
+        raw, backend = x, x.backend
+    else:
+        backend = _backend("tiled_norm_conv2d", backend, x)
+        raw = Raw(x, None, None, None, False, None, False, backend)
     out = _check_input(raw.conv, n, halo, pattern, stride, padding, dilation, residual)
+    if backend == "reference":
+        read = tiled_norm(raw, n, halo) if isinstance(x, Raw) else x
+        y = reference.conv(read, n, halo, values, pattern, stride, padding, dilation, bias, norm)
+        kept = keep or raw.residual is not None or not isinstance(x, Raw)
+        return Raw(y, None, None, None, False, residual, relu, backend), read if kept else None
+    _check_range(raw.conv, out, pattern, dilation)
+    bias = bias if bias is None else bias.float()
     # a sum with a residual is not worth computing twice
     stored = keep or raw.residual is not None
     weight, shift, mean, var = _norm_arguments(norm, bias)
     y, stats, read = _NormConv2d.apply(
-        raw.conv.contiguous(), raw.stats, raw.weight, raw.bias, raw.residual, values, mean, var, *pattern.tensors,
+        raw.conv.contiguous(), raw.stats, raw.weight, raw.bias, raw.residual, values.float(), mean, var,
+        *pattern.tensors,
         raw.relu, stored, raw.batch_stats, n, halo, (pattern.shape[2:], stride, padding, dilation), norm.eps,
     )  # fmt: skip
     if norm.training and norm.running_mean is not None:
