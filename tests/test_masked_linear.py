@@ -10,6 +10,7 @@ from pysparse_ticket.ops.pattern import Pattern
 
 OP = torch.ops.pysparse_ticket
 ISAS = ("portable", "avx2", "avx512")
+BLOCKS = ((8, 1), (16, 16), (32, 32), (128, 128), (4, 3))
 
 
 @pytest.fixture
@@ -30,9 +31,42 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+def block_mask(height, width, rows, columns, density, gen):
+    keep = torch.rand(-(-rows // height), -(-columns // width), generator=gen) < density
+    return keep.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns]
+
+
+def n_of_m_mask(n, m, rows, columns, gen):
+    scores = torch.rand(rows, -(-columns // m), m, generator=gen)
+    return (scores.argsort(2).argsort(2) < n).view(rows, -1)[:, :columns]
+
+
+def mixed_mask(rows, columns, gen):
+    """Full rows, sparse rows, dead rows, blocks, rows that differ in one column, dead columns."""
+    mask = torch.rand(rows, columns, generator=gen) < 0.1
+    mask[:12] = True
+    mask[16:20] = block_mask(4, 1, 4, columns, 0.3, gen)
+    mask[24:30] = False
+    mask[32:40] = block_mask(8, 16, 8, columns, 0.5, gen)
+    mask[35, 7] ^= True
+    mask[:, 20:25] = False
+    return mask
+
+
+MASKS = {
+    **{f"{h}x{w} blocks": lambda *a, h=h, w=w: block_mask(h, w, *a[:2], 0.4, a[2]) for h, w in BLOCKS},
+    **{f"{n}:{m}": lambda *a, n=n, m=m: n_of_m_mask(n, m, *a) for n, m in ((2, 4), (1, 3), (3, 7), (1, 16), (5, 6))},
+    "mixed": mixed_mask,
+}
+
+
 def case(batch, in_features, out_features, density, seed=0, dtype=torch.float32):
+    """density: a number, or a name in MASKS"""
     gen = torch.Generator().manual_seed(seed)
-    mask = torch.rand(out_features, in_features, generator=gen) < density
+    if density in MASKS:
+        mask = MASKS[density](out_features, in_features, gen)
+    else:
+        mask = torch.rand(out_features, in_features, generator=gen) < density
     pattern = Pattern.from_mask(mask)
     x = torch.randn(*batch, in_features, generator=gen).to(dtype)
     values = torch.randn(pattern.nnz, generator=gen)
@@ -96,8 +130,39 @@ def test_equals_dense_linear(isa, shape):
     check(*shape)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_with_structure(isa, mask):
+    check((90,), 150, 133, mask)
+
+
+def shared_groups(mask):
+    """Of how many groups of four rows a schedule has, which share their columns, per column tile of 64."""
+    pattern = Pattern.from_mask(mask)
+    width = mask.shape[1]
+    schedule = OP.linear_schedule(pattern.row_ptr, pattern.col, None, width, 64).tolist()
+    chunks, tiles = schedule[4], max(1, -(-width // 64))
+    first = schedule[6 + chunks + 1 :][: 2 * tiles * chunks + 1]
+    return sum(first[2 * cell + 1] - first[2 * cell] for cell in range(tiles * chunks))
+
+
+def test_rows_share_their_columns_where_they_have_the_same_ones():
+    gen = torch.Generator().manual_seed(0)
+    assert shared_groups(torch.ones(12, 100, dtype=torch.bool)) == 3 * 2
+    assert shared_groups(block_mask(8, 1, 16, 60, 0.3, gen)) == 4
+    assert shared_groups(torch.rand(64, 64, generator=gen) < 0.1) == 0
+    mask = torch.rand(64, 64, generator=gen) < 0.1
+    mask[20:24] = True
+    assert shared_groups(mask) == 1
+    # 3 of 4 rows alike are not enough: 192 nonzeros in 64 columns
+    mask[20] = False
+    assert shared_groups(mask) == 0
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-@pytest.mark.parametrize("shape", [((200,), 300, 700, 0.1), ((60,), 520, 600, 0.05), ((17,), 30, 9, 0.5)])
+@pytest.mark.parametrize(
+    "shape", [((200,), 300, 700, 0.1), ((60,), 520, 600, 0.05), ((17,), 30, 9, 0.5), ((300,), 70, 600, "16x16 blocks")]
+)
 def test_equals_dense_linear_on_any_number_of_threads(threads, shape):
     check(*shape)
 
@@ -188,7 +253,7 @@ def test_every_element_is_written(monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(4).isnan().all()
-        for shape in (((70,), 37, 53, 0.3), ((130,), 200, 300, 0.003), ((50,), 40, 35, 0.0)):
+        for shape in (((70,), 37, 53, 0.3), ((130,), 200, 300, 0.003), ((50,), 40, 35, 0.0), ((70,), 90, 60, "mixed")):
             assert not any(t.isnan().any() for t in run(*case(*shape), backend="cpu"))
     finally:
         torch.use_deterministic_algorithms(before)
@@ -289,6 +354,14 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     x, values, bias, pattern, _ = case((4,), 7, 5, 0.5)
     with pytest.raises(ValueError, match=message):
         masked_linear(*change(x, values, bias), pattern)
+
+
+def test_masks_beyond_32_bits_are_refused():
+    mask = torch.zeros(1, 1, dtype=torch.bool).expand(50_000, 50_000)
+    with pytest.raises(
+        ValueError, match="a mask of 2500000000 weights is too large for 32-bit indices: at most 2147483647"
+    ):
+        Pattern.from_mask(mask)
 
 
 def test_unknown_activation_is_refused():

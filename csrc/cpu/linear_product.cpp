@@ -12,7 +12,7 @@ float* scratch(int which, int64_t count) {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[2];
+  thread_local Buffer buffers[4];
   Buffer& b = buffers[which];
   if (b.size < count) {
     std::free(b.data);
@@ -24,6 +24,7 @@ float* scratch(int which, int64_t count) {
 }
 
 constexpr int64_t SUMS_TOGETHER = 1 << 16;
+constexpr int64_t TILES_SHARED = 4;  // in dW of shared groups: 8 would land on the same sets of L1
 
 }  // namespace
 
@@ -106,31 +107,35 @@ void Product::run() const {
   });
 }
 
-Tensor in_order(const Tensor& values, const Schedule& s) {
-  Tensor weights = empty(values, {s.entries()});
+const float* in_order(const Tensor& values, const Schedule& s) {
   const float* from = values.const_data_ptr<float>();
-  float* to = weights.mutable_data_ptr<float>();
+  float* to = scratch(2, s.entries());
   const LinearKernels& kernels = linear_kernels();
   torch::stable::parallel_for(0, s.entries(), 16384,
                               [&](int64_t begin, int64_t end) { kernels.gather(from, s.source, begin, end, to); });
-  return weights;
+  return to;
 }
 
 Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const float* dy, int64_t out, const Tensor& values,
                        const Schedule& s) {
   const LinearKernels& kernels = linear_kernels();
-  const int64_t cells = int64_t(s.column_tiles) * s.chunks;
+  const int64_t cells = s.cells();
   Tensor grad = empty(values, {values.numel()});
-  Tensor products = empty(values, {s.entries()});
-  float *g = grad.mutable_data_ptr<float>(), *sums = products.mutable_data_ptr<float>();
+  float *g = grad.mutable_data_ptr<float>(), *sums = scratch(3, s.entries());
   torch::stable::parallel_for(0, cells, 1, [&](int64_t begin, int64_t end) {
     const auto each_cell = [&](auto f) {
       for (int64_t i = begin; i < end; ++i) f(int(i % s.column_tiles), int(i / s.column_tiles));
     };
     each_cell([&](int k, int c) {
-      const int cell = s.cell(k, c);
-      std::fill(sums + s.position[cell], sums + s.position[cell + 1], 0.0f);
+      const int cell = 2 * s.cell(k, c);
+      std::fill(sums + s.position[cell], sums + s.position[cell + 2], 0.0f);
     });
+    for (int64_t t = 0; t < batch.tiles(); t += TILES_SHARED) {
+      const int64_t start = t * TILE, padded = std::min(batch.padded() - start, TILES_SHARED * TILE);
+      each_cell([&](int k, int c) {
+        kernels.sample_shared(s, k, c, x + start * in, in, dy + start * out, out, padded, sums);
+      });
+    }
     for (int64_t t = 0; t < batch.tiles(); ++t) {
       Ahead x_next, dy_next;
       if (t + 1 < batch.tiles()) {
@@ -143,8 +148,8 @@ Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const flo
       });
     }
     each_cell([&](int k, int c) {
-      const int cell = s.cell(k, c);
-      for (int e = s.position[cell]; e < s.position[cell + 1]; ++e)
+      const int cell = 2 * s.cell(k, c);
+      for (int e = s.position[cell]; e < s.position[cell + 2]; ++e)
         if (s.source[e] >= 0) g[s.source[e]] = sums[e];
     });
   });

@@ -13,6 +13,10 @@
 #include "cpu/isa.h"
 #include "cpu/linear_product.h"
 
+#if PST_X86
+#include <immintrin.h>
+#endif
+
 namespace pst {
 
 namespace portable {
@@ -77,8 +81,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor values, std::optional<Tensor
   p.packed = keep ? packed.mutable_data_ptr<float>() : nullptr;
   p.target = y.mutable_data_ptr();
   p.schedule = read_schedule(schedule, p.out, p.in, values.numel());
-  const Tensor weights = in_order(values, p.schedule);
-  p.weights = weights.const_data_ptr<float>();
+  p.weights = in_order(values, p.schedule);
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.relu = relu;
   p.run();
@@ -97,7 +100,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor packed_x, Tens
   Tensor grad_x = empty(grad_y, x_shape, grad_y.scalar_type());
   Tensor packed = empty(grad_y, {p.batch.padded() * out_features});
   Tensor sums = torch::stable::new_zeros(packed, {need_bias ? tiles * out_features : 0});
-  Tensor transposed;
   p.source = grad_y.const_data_ptr();
   p.gate = y ? y->const_data_ptr() : nullptr;
   p.packed = packed.mutable_data_ptr<float>();
@@ -105,8 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor packed_x, Tens
   if (need_x) {
     p.target = grad_x.mutable_data_ptr();
     p.schedule = read_schedule(t_schedule, in_features, out_features, nnz);
-    transposed = in_order(values, p.schedule);
-    p.weights = transposed.const_data_ptr<float>();
+    p.weights = in_order(values, p.schedule);
   }
   p.run();
   Tensor grad_bias = sum_of_tiles(sums, tiles, need_bias ? out_features : 0);

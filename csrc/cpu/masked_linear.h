@@ -10,31 +10,34 @@ namespace pst {
 
 constexpr int TILE = 64;
 
-// Rows that run side by side through one column tile. Their nonzeros are interleaved: entry j * width + i is the j-th of
-// row[i], padded with zero weights to the longest row's count.
+// Rows that run side by side through one column tile. Interleaved: entry j * width + i is the j-th nonzero of row[i], padded
+// with zero weights to the longest row's count, a single row's to a multiple of GROUP that only dW reads. Shared: neighbours
+// that run as a dense block, entry j * GROUP + i is row[i]'s weight, possibly zero, in the j-th column that any of them has.
 constexpr int GROUP = 4;
 struct Group {
   int32_t row[GROUP];
   int32_t length;
   int32_t width;  // GROUP, or 1 for the rows left over
+  int32_t entries() const { return (length * width + GROUP - 1) / GROUP * GROUP; }
 };
 
 // Built once per mask (build_schedule). Rows are cut into chunks of about equal nonzeros; a cell is a chunk's part of a
-// column tile. In a cell rows are sorted by their nonzeros, so a group pads little and trip counts repeat: branches
-// predict. Entries lie in the order in which they are used, so they stream.
+// column tile. A cell's shared groups come first. The other rows are sorted by their nonzeros, so a group pads little and
+// trip counts repeat: branches predict. Entries lie in the order in which they are used, so they stream.
 struct Schedule {
   int columns = 0;  // features a column tile
   int column_tiles = 0;
   int chunks = 0;
   const int32_t* chunk_row = nullptr;  // [chunks + 1]
-  const int32_t* first = nullptr;      // [cells + 1] into groups
-  const int32_t* position = nullptr;   // [cells + 1] into entries, multiples of 16
+  const int32_t* first = nullptr;      // [2 * cells + 1] into groups: a cell's shared ones, then the interleaved
+  const int32_t* position = nullptr;   // [2 * cells + 1] into entries, multiples of 16
   const Group* groups = nullptr;
   const int32_t* source = nullptr;     // [entries] index into the layer's values, -1 for padding
   const uint16_t* column = nullptr;    // [entries] within the column tile
 
   int cell(int column_tile, int chunk) const { return column_tile * chunks + chunk; }
-  int64_t entries() const { return position[column_tiles * chunks]; }
+  int64_t cells() const { return int64_t(column_tiles) * chunks; }
+  int64_t entries() const { return position[2 * cells()]; }
 };
 
 enum class Scalar { f32, bf16 };
@@ -66,9 +69,12 @@ struct LinearKernels {
   // y[row] (+)= weight * x[column] over one cell; the first column tile starts from the bias (or 0)
   void (*multiply)(const Schedule&, int column_tile, int chunk, const float* weights, const float* bias, const float* x,
                    int lanes, float* y, Ahead);
-  // products[entry] += <x[column], dy[row]> over one cell
+  // products[entry] += <x[column], dy[row]> over the interleaved groups of one cell
   void (*sample)(const Schedule&, int column_tile, int chunk, const float* x, const float* dy, int lanes,
                  float* products, Ahead x_ahead, Ahead dy_ahead);
+  // the same over the shared groups, for whole batch tiles of in and out features, `padded` samples together
+  void (*sample_shared)(const Schedule&, int column_tile, int chunk, const float* x, int64_t in, const float* dy,
+                        int64_t out, int64_t padded, float* products);
   // weights[e] = values[source[e]], 0 for padding, for e in [begin, end)
   void (*gather)(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights);
 };

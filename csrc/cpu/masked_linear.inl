@@ -5,6 +5,9 @@
 constexpr int ROWS = W == 16 ? 4 : 1;
 constexpr int SUMS = W == 16 ? 4 : 8;
 constexpr int UNIT = 16 / W;  // vectors in 16 lanes
+// vectors of samples of GROUP rows, in a shared group, and columns whose products are summed together
+constexpr int SHARED_SUMS = W == 16 ? 4 : 2;
+constexpr int SHARED_COLUMNS = W / GROUP;
 
 template <class T>
 static void pack_tile(const T* src, const T* gate, int64_t ld, int samples, int lanes, int k0, int k1, float* dst,
@@ -163,6 +166,49 @@ PST_INLINE void multiply_rows(const int32_t* row, int length, const uint16_t* co
   }
 }
 
+// GROUP rows that share their columns: GROUP + N loads for GROUP * N multiply-adds
+template <int N>
+static void multiply_shared(const Group& g, const uint16_t* column, const float* weights, const float* bias, bool first,
+                            const float* x, int64_t lanes, float* y) {
+  V sums[GROUP][N];
+  float* out[GROUP];
+#pragma GCC unroll 4
+  for (int r = 0; r < GROUP; ++r) {
+    out[r] = y + g.row[r] * lanes;
+    const V start = splat(first && bias ? bias[g.row[r]] : 0);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sums[r][v] = first ? start : load(out[r] + v * W);
+  }
+  for (int j = 0; j < g.length; ++j, column += GROUP, weights += GROUP) {
+    V in[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) in[v] = load(x + column[0] * lanes + v * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < GROUP; ++r) {
+      const V w = splat(weights[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) sums[r][v] += w * in[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < GROUP; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) store(out[r] + v * W, sums[r][v]);
+  }
+}
+
+template <int N>
+static void multiply_shared_lanes(const Group* g, const Group* end, const uint16_t* column, const float* weights,
+                                  const float* bias, bool first, const float* x, int64_t lanes, float* y) {
+  constexpr int S = N < SHARED_SUMS ? N : SHARED_SUMS;
+  static_assert(N % S == 0);
+  for (; g < end; ++g) {
+    for (int v = 0; v < N; v += S) multiply_shared<S>(*g, column, weights, bias, first, x + v * W, lanes, y + v * W);
+    column += g->length * GROUP;
+    weights += g->length * GROUP;
+  }
+}
+
 // the next `share` floats of a stretch of memory into L2
 PST_INLINE void prefetch_share(const float*& from, const float* end, int64_t share) {
   const float* stop = end - from < share ? end : from + share;
@@ -194,8 +240,8 @@ static void multiply_lanes(const Group* g, const Group* end, const uint16_t* col
     } else {
       multiply_rows<1, N, 1>(g->row, g->length, column, weights, bias, first, x, lanes, y);
     }
-    column += g->length * g->width;
-    weights += g->length * g->width;
+    column += g->entries();
+    weights += g->entries();
   }
 }
 
@@ -215,35 +261,59 @@ PST_INLINE void for_lanes(int lanes, F f) {
 
 static void multiply(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
                      const float* x, int lanes, float* y, Ahead ahead) {
-  const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
+  const int shared = 2 * s.cell(column_tile, chunk), rest = shared + 1;
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
-    multiply_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry,
-                                       weights + entry, bias, column_tile == 0, x + lane, lanes, y + lane,
-                                       lane ? Ahead() : ahead);
+    constexpr int N = decltype(n)::value;
+    const bool first = column_tile == 0;
+    multiply_shared_lanes<N>(s.groups + s.first[shared], s.groups + s.first[rest], s.column + s.position[shared],
+                             weights + s.position[shared], bias, first, x + lane, lanes, y + lane);
+    multiply_lanes<N>(s.groups + s.first[rest], s.groups + s.first[rest + 1], s.column + s.position[rest],
+                      weights + s.position[rest], bias, first, x + lane, lanes, y + lane, lane ? Ahead() : ahead);
   });
 }
 
-// vectors of partial sums between two reductions: 4 KB, a multiple of GROUP * W
+// GROUP vectors to one that holds a sum of W / GROUP lanes for each
+PST_INLINE V reduce_group(V* v) {
+  reduce_step<2>(v);
+  reduce_step<1>(v);
+  return v[0];
+}
+
+// vectors of reduce_group to one that holds all sums of GROUP lanes
+template <int S>
+PST_INLINE void reduce_groups_step(V* v) {
+  using Lanes = std::make_index_sequence<W>;
+  constexpr int STEP = S / GROUP;
+#pragma GCC unroll 2
+  for (int i = 0; i < STEP; ++i)
+    v[i] = keep_blocks<S>(v[i], v[i + STEP], Lanes()) + swap_blocks<S>(v[i], v[i + STEP], Lanes());
+}
+
+// Sums of GROUP entries each, partly reduced: 4 KB
 constexpr int PARTIALS = 64;
 
 struct Partials {
+  static constexpr int TOGETHER = W / GROUP;
   alignas(64) V sums[PARTIALS];
   int held = 0;
   float* out;
 
   PST_INLINE void reduce() {
-    for (; held & (W - 1); ++held) sums[held] = V{};
-    for (int p = 0; p < held; p += W, out += W) {
-      V v[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = sums[p + i];
-      store(out, load(out) + reduce_rows(v));
+    for (; held % TOGETHER; ++held) sums[held] = V{};
+    for (int p = 0; p < held; p += TOGETHER, out += W) {
+      V v[TOGETHER];
+#pragma GCC unroll 4
+      for (int i = 0; i < TOGETHER; ++i) v[i] = sums[p + i];
+      if constexpr (W >= 16) reduce_groups_step<8>(v);
+      if constexpr (W >= 8) reduce_groups_step<4>(v);
+      store(out, load(out) + v[0]);
     }
     held = 0;
   }
 };
 
+// a group of GROUP rows, or of one row: GROUP entries at a time
 template <int R, int N>
 PST_INLINE void sample_rows(const Group& g, const uint16_t* column, const float* x, const float* dy, int64_t lanes,
                             Partials& partials) {
@@ -253,21 +323,24 @@ PST_INLINE void sample_rows(const Group& g, const uint16_t* column, const float*
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) d[r][v] = load(dy + g.row[r] * lanes + v * W);
   }
-  for (int j = 0; j < g.length;) {
-    const int room = (PARTIALS - partials.held) / R, stop = g.length - j < room ? g.length : j + room;
+  for (int left = g.entries() / GROUP; left;) {
+    const int room = PARTIALS - partials.held, count = left < room ? left : room;
     V* to = partials.sums + partials.held;
-    partials.held += (stop - j) * R;
-    for (; j < stop; ++j, column += R, to += R) {
+    for (const V* stop = to + count; to < stop; ++to, column += GROUP) {
+      V sums[GROUP];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const float* p = x + column[r] * lanes;
-        V sum = d[r][0] * load(p);
+      for (int i = 0; i < GROUP; ++i) {
+        const V* row = d[R == 1 ? 0 : i];
+        const float* p = x + column[i] * lanes;
+        sums[i] = row[0] * load(p);
 #pragma GCC unroll 8
-        for (int v = 1; v < N; ++v) sum += d[r][v] * load(p + v * W);
-        to[r] = sum;
+        for (int v = 1; v < N; ++v) sums[i] += row[v] * load(p + v * W);
       }
+      *to = reduce_group(sums);
     }
-    if (partials.held + R > PARTIALS) partials.reduce();
+    partials.held += count;
+    left -= count;
+    if (partials.held == PARTIALS) partials.reduce();
   }
 }
 
@@ -287,23 +360,92 @@ static void sample_lanes(const Group* g, const Group* end, const uint16_t* colum
     } else {
       sample_rows<1, N>(*g, column, x, dy, lanes, partials);
     }
-    column += g->length * g->width;
+    column += g->entries();
   }
   partials.reduce();
 }
 
 static void sample(const Schedule& s, int column_tile, int chunk, const float* x, const float* dy, int lanes,
                    float* products, Ahead x_ahead, Ahead dy_ahead) {
-  const int cell = s.cell(column_tile, chunk), entry = s.position[cell];
+  const int rest = 2 * s.cell(column_tile, chunk) + 1, entry = s.position[rest];
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
-    sample_lanes<decltype(n)::value>(s.groups + s.first[cell], s.groups + s.first[cell + 1], s.column + entry, x + lane,
+    sample_lanes<decltype(n)::value>(s.groups + s.first[rest], s.groups + s.first[rest + 1], s.column + entry, x + lane,
                                      dy + lane, lanes, products + entry, lane ? Ahead() : x_ahead, lane ? Ahead() : dy_ahead);
   });
 }
 
-static void gather(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights) {
-  for (int64_t e = begin; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
+// GROUP rows and C columns of a shared group, over all tiles before the one sum across lanes
+template <int C>
+PST_INLINE void sample_block(const Group& g, const uint16_t* column, int64_t first_column, const float* x, int64_t in,
+                             const float* dy, int64_t out, int64_t padded, float* products) {
+  V sums[W] = {};
+  for (int64_t t = 0; t < padded; t += TILE, x += TILE * in, dy += TILE * out) {
+    const int64_t lanes = padded - t < TILE ? padded - t : TILE;
+    const float *at[C], *d[GROUP];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) at[c] = x + (first_column + column[c * GROUP]) * lanes;
+#pragma GCC unroll 4
+    for (int r = 0; r < GROUP; ++r) d[r] = dy + g.row[r] * lanes;
+#pragma GCC unroll 1
+    for (int64_t lane = 0; lane < lanes; lane += W) {
+      V v[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) v[c] = load(at[c] + lane);
+#pragma GCC unroll 4
+      for (int r = 0; r < GROUP; ++r) {
+        const V u = load(d[r] + lane);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[c * GROUP + r] += u * v[c];
+      }
+    }
+  }
+  const V total = reduce_rows(sums);
+  if constexpr (C * GROUP == W) {
+    store(products, load(products) + total);
+  } else {
+    for (int i = 0; i < C * GROUP; ++i) products[i] += total[i];
+  }
 }
 
-constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, gather};
+// columns of a shared group between two visits of its rows: 4 tiles of them are 32 KB, which all groups read in L1
+constexpr int SHARED_BLOCK = 32;
+
+static void sample_shared(const Schedule& s, int column_tile, int chunk, const float* x, int64_t in, const float* dy,
+                          int64_t out, int64_t padded, float* products) {
+  const int shared = 2 * s.cell(column_tile, chunk);
+  const Group *begin = s.groups + s.first[shared], *end = s.groups + s.first[shared + 1];
+  const int64_t first_column = int64_t(column_tile) * s.columns;
+  bool more = begin < end;
+  for (int start = 0; more; start += SHARED_BLOCK) {
+    more = false;
+    int64_t entry = s.position[shared];
+    for (const Group* g = begin; g < end; entry += g->entries(), ++g) {
+      const int stop = g->length < start + SHARED_BLOCK ? g->length : start + SHARED_BLOCK;
+      more |= g->length > stop;
+      int j = start;
+      const auto run = [&](auto c) {
+        constexpr int C = decltype(c)::value;
+        for (; j + C <= stop; j += C)
+          sample_block<C>(*g, s.column + entry + j * GROUP, first_column, x, in, dy, out, padded,
+                          products + entry + j * GROUP);
+      };
+      run(std::integral_constant<int, SHARED_COLUMNS>());
+      run(std::integral_constant<int, 1>());
+    }
+  }
+}
+
+static void gather(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights) {
+  int64_t e = begin;
+#if PST_W == 16
+  for (; e + W <= end; e += W) {
+    const __m512i at = _mm512_loadu_si512(source + e);
+    const __mmask16 real = _mm512_cmpge_epi32_mask(at, _mm512_setzero_si512());
+    _mm512_storeu_ps(weights + e, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, at, values, 4));
+  }
+#endif
+  for (; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
+}
+
+constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, sample_shared, gather};

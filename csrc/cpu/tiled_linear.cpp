@@ -72,8 +72,7 @@ Tensor tiled_linear(Tensor x, Tensor values, std::optional<Tensor> bias, Tensor 
   p.source = x.const_data_ptr();
   p.target = y.mutable_data_ptr();
   p.schedule = read_schedule(schedule, p.out, p.in, values.numel());
-  const Tensor weights = in_order(values, p.schedule);
-  p.weights = weights.const_data_ptr<float>();
+  p.weights = in_order(values, p.schedule);
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.relu = relu;
   p.run();
@@ -93,7 +92,6 @@ std::tuple<Tensor, Tensor, Tensor> tiled_linear_backward(Tensor grad, Tensor x, 
   Tensor grad_x = empty(x, {need_x ? x.numel() : 0});
   Tensor gated = empty(grad, {y ? grad.numel() : 0});
   Tensor sums = torch::stable::new_zeros(grad, {need_bias ? tiles * out_features : 0});
-  Tensor transposed;
   p.source = grad.const_data_ptr();
   p.gate = y ? y->const_data_ptr() : nullptr;
   p.packed = y ? gated.mutable_data_ptr<float>() : nullptr;
@@ -102,8 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> tiled_linear_backward(Tensor grad, Tensor x, 
     p.target = grad_x.mutable_data_ptr();
     p.target_gate = gate_x ? x.const_data_ptr<float>() : nullptr;
     p.schedule = read_schedule(t_schedule, in_features, out_features, nnz);
-    transposed = in_order(values, p.schedule);
-    p.weights = transposed.const_data_ptr<float>();
+    p.weights = in_order(values, p.schedule);
   }
   p.run();
   Tensor grad_values = empty(values, {0});

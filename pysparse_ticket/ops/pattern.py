@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+INT32_MAX = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -37,6 +39,8 @@ class Pattern:
             raise ValueError(
                 f"a mask is a bool tensor of 2 or more dimensions, not {mask.dtype} of shape {tuple(mask.shape)}"
             )
+        if mask.numel() > INT32_MAX:
+            raise ValueError(f"a mask of {mask.numel()} weights is too large for 32-bit indices: at most {INT32_MAX}")
         rows, channels = mask.shape[:2]
         taps = mask[0, 0].numel() if mask.numel() else 1
         o, c, tap = mask.reshape(rows, channels, taps).nonzero(as_tuple=True)
