@@ -37,7 +37,7 @@ def sparsify(
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
-               must take the same kernels to end with the same bits. Layers without some filters are "compact" or "tiled"
+               must take the same kernels to end with the same bits. Layers that lose filters are "compact" or "tiled"
 
     Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.
