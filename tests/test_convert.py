@@ -249,9 +249,29 @@ def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     sparse = pst.sparsify(model, ticket_of(model, "weight", sparsity=0.9), sample=x, optimizer=optimizer)
     assert {r["format"] for r in pst.plan(sparse).rows()} == {"dense"}
-    assert "1.20 of the dense one's with packed layers, so every masked layer runs dense" in str(pst.plan(sparse))
+    assert "1.20 of the dense one's with sparse layers, so every masked layer runs dense" in str(pst.plan(sparse))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in sparse.parameters()}
+
+
+def test_filter_tickets_that_are_slower_run_dense(monkeypatch):
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: {"dense": 1.0, "layers": 1.5, "tiled": 1.2})
+    monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
+    model, (x, _) = resnet(), batch()
+    ticket = ticket_of(model, "filter", remove=40)
+    twin = masked_twin(model, ticket)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    again = pst.sparsify(copy.deepcopy(model), ticket, plan={"stage1.1.conv1": "dense"})
+    sparse = pst.sparsify(model, ticket, sample=x, optimizer=optimizer)
+    for found in (sparse, again):
+        assert {r["format"] for r in pst.plan(found).rows()} == {"dense"}
+        assert not any(isinstance(m, pst.nn.FilterSparseConv2d) for m in found.modules())
+        torch.testing.assert_close(found.eval()(x), twin.eval()(x), rtol=1e-4, atol=1e-4)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in sparse.parameters()}
+    sparse.train()(x).square().sum().backward()
+    optimizer.step()
+    for name, kept in ticket.filters.items():
+        assert (sparse.get_submodule(name).weight[~kept] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,46 @@ def test_copies_and_frozen_parameters(layer, fmt):
     assert masked.weight_parameter.data_ptr() != dense.weight.data_ptr()
 
 
+def assigned(masked):
+    masked.load_state_dict({name: tensor.clone() for name, tensor in masked.state_dict().items()}, assign=True)
+    return masked
+
+
+def saved_and_loaded(masked):
+    buffer = io.BytesIO()
+    torch.save(masked, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": saved_and_loaded,
+    "assigned state": assigned,
+    "another dtype": lambda masked: masked.double().float(),
+    "packed and back": lambda masked: (masked.set_format("packed"), masked.set_format("dense"), masked)[-1],
+    "compiled copy": lambda masked: torch.compile(copy.deepcopy(masked), backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_gradients_of_copies_in_the_dense_format_are_masked(make_copy):
+    masked, _, mask, x = make(LAYERS["linear"], "dense")
+    twin = make_copy(masked)
+    y = twin(x)
+    weight = twin.weight
+    del twin, masked
+    y.square().sum().backward()
+    assert (weight.grad[~mask] == 0).all() and (weight.grad[mask] != 0).all()
+
+
+def test_double_backward_in_the_dense_format():
+    masked, _, mask, x = make(LAYERS["linear"], "dense")
+    (grad,) = torch.autograd.grad(masked(x).square().sum(), masked.weight, create_graph=True)
+    grad.square().sum().backward()
+    assert (grad[~mask] == 0).all() and (masked.weight.grad[~mask] == 0).all() and masked.weight.grad.any()
+
+
 @formats
 @layers
 def test_replicas_hold_plain_tensors(layer, fmt):

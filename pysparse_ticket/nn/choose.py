@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, race, race_steps
 from .chain import chained_layers, tile_chain
+from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
+from .swaps import Swaps
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
 FORMATS = (*MaskedConv2d.FORMATS, "tiled")
@@ -79,6 +81,7 @@ def choose_model(
     model: nn.Module,
     x: Tensor | None,
     forced: Mapping[str, str],
+    swaps: Swaps,
     result: Plan,
     cache: PlanCache,
 ) -> None:
@@ -106,15 +109,28 @@ def choose_model(
     if best == "tiled" and result.step_ratio <= SLOWER_AT_MOST:
         _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
     elif result.step_ratio > SLOWER_AT_MOST:
-        if not any(row.format == "packed" for row in result.layers):
-            return  # compact layers have no dense format
-        why = f"the whole step took {result.step_ratio:.2f} of the dense one's with packed layers"
-        for row in result.layers:
-            if row.format in MaskedConv2d.FORMATS and row.format != "dense":
-                model.get_submodule(row.layer).set_format("dense")
-                row.format, row.chosen_us, row.why = "dense", None, why
+        why = f"the whole step took {result.step_ratio:.2f} of the dense one's with sparse layers"
+        run_dense(model, swaps, result, why)
         result.step_ratio = None
         result.notes.append(f"{why}, so every masked layer runs dense")
+
+
+def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
+    """Every masked layer in format "dense"; compact layers become masked ones, their norms whole again."""
+    for row in result.layers:
+        module = model.get_submodule(row.layer)
+        if isinstance(module, FilterSparseConv2d):
+            masked = MaskedConv2d.from_dense(module.to_dense(), module.mask)
+            masked.set_format("dense")
+            swaps.exchange(row.layer, masked)
+        elif isinstance(module, MaskedModule) and module.packed:
+            module.set_format("dense")
+        else:
+            continue
+        row.format, row.chosen_us, row.why = "dense", None, why
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompactBatchNorm2d):
+            swaps.exchange(name, module.to_dense())
 
 
 def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> None:

@@ -13,11 +13,13 @@ from ..scores import prunable
 from ..structure import FilterChain, filter_chains
 from ..ticket import Ticket
 from .chain import untile
-from .choose import FORMATS, choose_layer, choose_model
+from .choose import FORMATS, choose_layer, choose_model, run_dense
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
 from .swaps import Swaps
+
+COMPACT_FORMATS = ("compact", "tiled", "dense", "auto")  # of a layer that loses filters
 
 
 def sparsify(
@@ -37,7 +39,8 @@ def sparsify(
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
-               must take the same kernels to end with the same bits. Layers that lose filters are "compact" or "tiled"
+               must take the same kernels to end with the same bits. Layers that lose filters are "compact",
+               "tiled" or, all of them, "dense"
 
     Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.
@@ -55,7 +58,7 @@ def sparsify(
     for name, fmt in forced.items():
         if name not in owners and name not in compact:
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
-        known = (*FORMATS, "auto") if name in owners or isinstance(plan, str) else ("compact", "tiled", "auto")
+        known = (*FORMATS, "auto") if name in owners or isinstance(plan, str) else COMPACT_FORMATS
         if fmt not in known:
             raise ValueError(f"unknown format {fmt!r} for {name}; known: {', '.join(known)}")
     auto = plan == "auto" and x is not None and bool(owners or compact)
@@ -74,7 +77,9 @@ def sparsify(
         swaps.replace(name, masked)
         result.layers.append(row)
     model = swaps.commit()
-    choose_model(dense, model, x, forced, result, cache)
+    if "dense" in (forced.get(name) for name in compact):
+        run_dense(model, swaps, result, "asked for")
+    choose_model(dense, model, x, forced, swaps, result, cache)
     cache.save()
     swaps.carry(optimizer)  # last, since a change of format makes new parameters
     model._pysparse_plan = result

@@ -107,6 +107,13 @@ class FilterSparseConv2d(_DenseState):
         full = y.new_zeros((y.shape[0], self.out_channels, *y.shape[2:]))
         return full.index_copy(1, self.out_index, y)
 
+    @property
+    def mask(self) -> Tensor:
+        """bool, of the dense weight's shape."""
+        mask = torch.zeros(self._dense_slots()["weight"][0], dtype=torch.bool, device=self.weight.device)
+        mask[self.out_index[:, None], self.in_index] = True
+        return mask
+
     def tile_mask(self) -> Tensor:
         """bool ``[O, C, kh, kw]`` of the weights that there are, over the channels that input and output have: the kept
         ones where they are compact."""

@@ -32,6 +32,11 @@ class Swaps:
                 self.model.set_submodule(name, new)
         return self.new.get("", self.model)
 
+    def exchange(self, name: str, module: nn.Module) -> None:
+        """Another replacement for a module whose first one is in the model already."""
+        self.new[name] = module.train(self.new[name].training)
+        self.model.set_submodule(name, self.new[name])
+
     def carry(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is not None:
             _carry(optimizer, {k: v for name, new in self.new.items() for k, v in _moves(self.old[name], new).items()})
