@@ -225,6 +225,15 @@ def test_gradients_of_copies_in_the_dense_format_are_masked(make_copy):
     assert (weight.grad[~mask] == 0).all() and (weight.grad[mask] != 0).all()
 
 
+def test_the_dense_format_keeps_channels_last():
+    conv = nn.Conv2d(5, 7, 3).to(memory_format=torch.channels_last)
+    grouped = nn.Conv2d(6, 6, 3, groups=3).to(memory_format=torch.channels_last)  # stays dense from the start
+    for dense in (conv, grouped):
+        masked = MaskedConv2d.from_dense(dense, torch.rand(dense.weight.shape) < 0.5)
+        masked.set_format("dense")
+        assert masked.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_double_backward_in_the_dense_format():
     masked, _, mask, x = make(LAYERS["linear"], "dense")
     (grad,) = torch.autograd.grad(masked(x).square().sum(), masked.weight, create_graph=True)

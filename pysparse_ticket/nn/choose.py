@@ -120,7 +120,7 @@ def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
     for row in result.layers:
         module = model.get_submodule(row.layer)
         if isinstance(module, FilterSparseConv2d):
-            masked = MaskedConv2d.from_dense(module.to_dense(), module.mask)
+            masked = MaskedConv2d.from_dense(swaps.old[row.layer], module.mask)
             masked.set_format("dense")
             swaps.exchange(row.layer, masked)
         elif isinstance(module, MaskedModule) and module.packed:
@@ -130,7 +130,7 @@ def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
         row.format, row.chosen_us, row.why = "dense", None, why
     for name, module in list(model.named_modules()):
         if isinstance(module, CompactBatchNorm2d):
-            swaps.exchange(name, module.to_dense())
+            swaps.exchange(name, swaps.old[name])
 
 
 def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> None:

@@ -56,7 +56,9 @@ class MaskedModule(nn.Module):
         for field, tensor in zip(Pattern.FIELDS, Pattern.from_mask(mask).tensors, strict=True):
             self.register_buffer(field, tensor, persistent=False)
         self.register_buffer("_mask", mask.to(weight.dtype), persistent=False)  # a bool product is 3 times slower
-        dense = torch.where(mask, weight.detach(), 0)
+        self._channels_last = weight.dim() == 4 and not weight.is_contiguous()
+        self._mask = self._laid_out(self._mask)
+        dense = self._laid_out(torch.where(mask, weight.detach(), 0))
         self._parameters["weight"] = nn.Parameter(dense, requires_grad=weight.requires_grad)
         bias = None if module.bias is None else module.bias.detach().clone()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=module.bias.requires_grad)
@@ -160,14 +162,19 @@ class MaskedModule(nn.Module):
         self._parameters.pop("values" if self.packed else "weight")
         self.format = format
         if format == "dense":
-            self._mask = self.pattern.mask().to(weight.dtype)
+            self._mask = self._laid_out(self.pattern.mask().to(weight.dtype))
         else:
             self._mask = None
-        new = nn.Parameter(self.compact_like(weight), requires_grad=old.requires_grad)
+        new = self.compact_like(weight)
+        new = nn.Parameter(new if self.packed else self._laid_out(new), requires_grad=old.requires_grad)
         new.grad = None if grad is None else self.compact_like(grad)
         self._parameters = {"values" if self.packed else "weight": new, **self._parameters}
         if not self.packed:
             self._hook_gradient()
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        """In the memory format of the dense module's weight, which its rival's step has too."""
+        return tensor.contiguous(memory_format=torch.channels_last) if self._channels_last else tensor
 
     def _pack_if_possible(self) -> None:
         if not self.why_dense:
