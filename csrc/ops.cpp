@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   m.def("cpu_isa(str name) -> str");
   // multiply-adds in registers, all threads, floating-point operations a second
   m.def("cpu_peak() -> float");
+  // grad *= mask; both contiguous in the same memory format
+  m.def("mask_gradient_(Tensor(a!) grad, Tensor mask) -> ()");
 
   // pixels: of one image innermost, in float or bfloat16; else 16 samples, in float
   m.def(
