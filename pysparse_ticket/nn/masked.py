@@ -18,7 +18,7 @@ FORMATS = ("packed", "dense")
 def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Tensor:
     """The hook of a dense weight's Parameter, which runs before the gradient reaches anything else."""
     owner = module()  # it may have moved to another device, or be gone before its backward pass
-    return mask_gradient(grad, mask if owner is None else owner._mask)
+    return mask_gradient(grad, mask if owner is None else owner._buffers["_mask"])
 
 
 class MaskedModule(nn.Module):
@@ -60,7 +60,7 @@ class MaskedModule(nn.Module):
         self._parameters["weight"] = nn.Parameter(dense, requires_grad=weight.requires_grad)
         bias = None if module.bias is None else module.bias.detach().clone()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=module.bias.requires_grad)
-        self._hook_gradient()
+        self._hook_gradient(self.weight)
         self.train(module.training)
 
     @property
@@ -111,13 +111,15 @@ class MaskedModule(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """Format "dense": the weight, which is zero where pruned, and so is its gradient."""
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight  # replicas hold plain tensors
         if not torch.compiler.is_compiling():
-            self._hook_gradient()
-        return self.weight
+            self._hook_gradient(weight)
+        return weight
 
-    def _hook_gradient(self) -> None:
+    def _hook_gradient(self, weight: Tensor) -> None:
         # hooks belong to one tensor: copies, replicas and Parameters loaded with assign=True come without
-        weight, hooked = self.weight, self.__dict__.get("_hooked")
+        hooked = self.__dict__.get("_hooked")
         if weight.requires_grad and (hooked is None or hooked() is not weight):
             weight.register_hook(functools.partial(_masked, weakref.ref(self), self._mask))
             self.__dict__["_hooked"] = weakref.ref(weight)
@@ -128,7 +130,7 @@ class MaskedModule(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if not self.packed:
-            self._hook_gradient()
+            self._hook_gradient(self.weight)
 
     def compact_like(self, tensor: Tensor) -> Tensor:
         """A tensor of the dense weight's shape to one of ``weight_parameter``'s, as for an optimizer's state."""
@@ -168,7 +170,7 @@ class MaskedModule(nn.Module):
         new.grad = None if grad is None else self.compact_like(grad)
         self._parameters = {"values" if self.packed else "weight": new, **self._parameters}
         if not self.packed:
-            self._hook_gradient()
+            self._hook_gradient(self.weight)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """In the memory format of the dense module's weight, which its rival's step has too."""
@@ -217,7 +219,7 @@ class MaskedModule(nn.Module):
                 own[prefix + "values"] = own.pop(key)
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
         if not self.packed:
-            self._hook_gradient()
+            self._hook_gradient(self.weight)
         missing[:] = [key if name == prefix + "values" else name for name in missing]
 
     def extra_repr(self) -> str:

@@ -16,11 +16,17 @@ def mask_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return grad * mask
-    fits = grad.dtype == torch.float32 and grad.device.type == "cpu" and grad.stride() == mask.stride()
-    if CPU_ERROR or not fits or not (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)):
+    if CPU_ERROR or grad.dtype != torch.float32 or not grad.is_cpu or not _lie_alike(grad, mask):
         return grad.mul_(mask)
-    torch.ops.pysparse_ticket.mask_gradient_(grad, mask)
+    torch.ops.pysparse_ticket.mask_gradient_.default(grad, mask)
     return grad
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    if a.is_contiguous():
+        return b.is_contiguous()
+    last = {"memory_format": torch.channels_last}
+    return a.is_contiguous(**last) and b.is_contiguous(**last)
 
 
 if not CPU_ERROR:
