@@ -129,20 +129,31 @@ def find(
     model: str = "resnet32",
     size: int = 16,
     root: str | None = None,
-    score: Annotated[str, typer.Option(help="magnitude, random, snip, grasp or grasp-signed")] = "grasp",
+    score: Annotated[
+        str,
+        typer.Option(help="magnitude, random, synflow, snip, snip-scaled, grasp, grasp-signed or grasp-magnitude"),
+    ] = "grasp",
     granularity: Annotated[str, typer.Option(help="layer, filter, weight, n:m or block:HxW")] = "layer",
     remove: Annotated[int | None, typer.Option(help="blocks or filters")] = None,
     sparsity: Annotated[float | None, typer.Option(help="of weights or tiles")] = None,
     aggregate: str = "sum",
     batch_size: int = 128,
     seed: int = 0,
+    scope: Annotated[str, typer.Option(help="where weights and tiles compete: global, layer or erk")] = "global",
+    steps: Annotated[int | None, typer.Option(help="score and cut this often; 100 for synflow, else 1")] = None,
+    allow_empty: Annotated[bool, typer.Option(help="accept masks that empty a layer")] = False,
+    state: Annotated[Path | None, typer.Option(help="a ticket whose rewind state is scored and kept")] = None,
 ) -> None:
     """Find a ticket at initialisation and save it."""
     from .compare import Settings, build, first_batch, recipe
     from .data import load
     from .search import at_init
+    from .ticket import Ticket
 
     with _one_sentence():
+        rewound = Ticket.load(state).rewind if state else None
+        if state and rewound is None:
+            raise ValueError(f"{state} has no rewind state to score; find it with rewind=True")
         settings = Settings(data=data, model=model, size=size, root=root, train=recipe(batch_size=batch_size))
         images = load(data, root=root, **({"size": size} if data == "digits" else {}))
         ticket = at_init(
@@ -154,6 +165,10 @@ def find(
             sparsity=sparsity,
             aggregate=aggregate,
             seed=seed,
+            scope=scope,
+            steps=steps,
+            allow_empty=allow_empty,
+            state=rewound,
         )
         ticket.provenance |= {"data": data, "model": model}
         ticket.save(out)

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from .gradient import grasp, grasp_signed, snip
+from .gradient import grasp, grasp_magnitude, grasp_signed, snip, snip_scaled
 from .magnitude import magnitude, prunable, random
+from .synflow import synflow
 
-SCORES = {"magnitude": magnitude, "random": random, "snip": snip, "grasp": grasp, "grasp-signed": grasp_signed}
+SCORES = {
+    "magnitude": magnitude,
+    "random": random,
+    "snip": snip,
+    "grasp": grasp,
+    "grasp-signed": grasp_signed,
+    "snip-scaled": snip_scaled,
+    "grasp-magnitude": grasp_magnitude,
+    "synflow": synflow,
+}
 
-__all__ = ["SCORES", "grasp", "grasp_signed", "lookup", "magnitude", "prunable", "random", "snip"]
+__all__ = [
+    "SCORES",
+    "grasp",
+    "grasp_magnitude",
+    "grasp_signed",
+    "lookup",
+    "magnitude",
+    "prunable",
+    "random",
+    "snip",
+    "snip_scaled",
+    "synflow",
+]
 
 
 def lookup(name: str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ def _scoring_copy(model: nn.Module, bn_mode: str) -> tuple[nn.Module, dict[str, 
 def _batches(batches: Iterable[Batch] | Batch | None) -> list[Batch]:
     if isinstance(batches, tuple | list) and len(batches) == 2 and isinstance(batches[0], Tensor):
         batches = [tuple(batches)]
-    found = list(batches or ())
+    found = [] if batches is None or isinstance(batches, Tensor) else list(batches)
     if not found:
-        raise ValueError("this score needs data: pass batches=(x, y) or a list of such pairs")
+        raise ValueError("this score needs data with labels: pass batches=(x, y) or a list of such pairs")
     return found
 
 
@@ -50,11 +50,39 @@ def _mean_gradient(twin: nn.Module, weights: dict[str, nn.Parameter], batches: l
 def snip(
     model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
 ) -> dict[str, Tensor]:
-    """|theta dL/dtheta|, on the model's own weights (SNIP, Lee et al. 2019).
+    """|theta dL/dtheta|, on the model's own weights: connection sensitivity (SNIP, Lee et al. 2019, section 4.1).
 
-    ``bn_mode`` says whether batch norm uses batch or running statistics: it moved 13% of a 10% mask.
+    ``bn_mode`` says whether batch norm uses batch or running statistics: it moved 13% of a 10% mask. The gradient is
+    the mean over the batches; the paper's division by the sum of all scores changes no order and is left out.
+    """
+    return _sensitivity(*_scoring_copy(model, bn_mode), batches, loss)
+
+
+def snip_scaled(
+    model: nn.Module,
+    batches=None,
+    *,
+    loss: Loss = F.cross_entropy,
+    bn_mode: str = "train",
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+    **_,
+) -> dict[str, Tensor]:
+    """SNIP of a copy whose prunable weights are drawn anew at scaled variance (Lee et al. 2019, section 4.2).
+
+    The draw is Xavier normal, from its own generator seeded with ``seed``, so the scores do not depend on the model's
+    own weights: the ticket trains other weights than those that were judged. Where ``masks`` are False it is zero.
     """
     twin, weights = _scoring_copy(model, bn_mode)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            drawn = nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator).to(weight)
+            weight.copy_(drawn * masks[name].to(weight) if masks else drawn)
+    return _sensitivity(twin, weights, batches, loss)
+
+
+def _sensitivity(twin: nn.Module, weights: dict[str, nn.Parameter], batches, loss: Loss) -> dict[str, Tensor]:
     grads = _mean_gradient(twin, weights, _batches(batches), loss)
     return {name: (w.detach() * g).abs().double() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
@@ -99,3 +127,11 @@ def grasp(
         for t, h in zip(total, _gradients(product, weights), strict=True):
             t += h.double() / len(found)
     return {name: w.detach().double() * t for (name, w), t in zip(weights.items(), total, strict=True)}
+
+
+def grasp_magnitude(model: nn.Module, batches=None, **options) -> dict[str, Tensor]:
+    """|theta (.) Hg|, the sign thrown away: how Chen et al. 2021 ran GraSP as a baseline, not GraSP's own rule.
+
+    Takes the options of :func:`grasp`. It moved 6 to 10% of the bits of a mask against the signed score.
+    """
+    return {name: score.abs() for name, score in grasp(model, batches, **options).items()}

@@ -1,8 +1,13 @@
-"""Tickets at initialisation: one score, one granularity, one shot (Jordao et al. 2023, algorithm 2)."""
+"""Tickets at initialisation: one score, one granularity, in one shot or in steps, with no training.
+
+Blocks of layers after Jordao et al. 2023, algorithm 2; steps after Tanaka et al. 2020, algorithm 1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +16,8 @@ from torch import Tensor, nn
 from ..granularity import expand_blocks, keep_n_of_m, parse, pool_blocks, pool_filters, pool_layers
 from ..scores import lookup
 from ..scores.gradient import Batch, Loss
-from ..select import check_scores, drop_lowest_blocks, drop_lowest_filters, keep_top
+from ..scores.synflow import first_input
+from ..select import check_scope, check_scores, drop_lowest_blocks, drop_lowest_filters, keep_top
 from ..structure import filter_chains, find_blocks
 from ..ticket import Ticket, clone_state, fingerprint
 
@@ -33,23 +39,34 @@ def at_init(
     loss: Loss = F.cross_entropy,
     seed: int = 0,
     rewind: bool = True,
+    steps: int | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    in_shape: Sequence[int] | None = None,
 ) -> Ticket:
-    """Find a ticket in the model as it is, without training it. The model is not changed.
+    """Find a ticket in the model as it is, or at a given state, without training it. The model is not changed.
 
     batches      (x, y) or a list of such pairs; the first x also finds the blocks, for which x alone will do
-    score        magnitude, random, snip, grasp (theta Hg) or grasp-signed (theta g)
+    score        magnitude, random, snip, grasp (theta Hg), grasp-signed (theta g), snip-scaled (SNIP of a re-drawn
+                 copy, Lee et al. 2019), grasp-magnitude (|theta Hg|, Chen et al. 2021), synflow (no data)
     granularity  "weight", "n:m" (as 2:4), "block:HxW" with ``sparsity``; "filter" or "layer" with ``remove``
     sparsity     share of the weights to remove, in [0, 1); n:m fixes its own
     remove       how many filters or blocks to remove
     aggregate    "sum" or "mean" of a piece's weight scores
-    scope        "global" or "layer": where weights and blocks compete
+    scope        where weights and tiles compete: "global", "layer", or "erk", each layer with the share that
+                 :func:`~pysparse_ticket.select.erk_budgets` gives it; score="random" makes that static random ERK
     strict       layers: also spare the neighbours of downsampling blocks
     keep         layers: blocks that stay in every stage (2); filters: filters that stay in every convolution (1)
-    allow_empty  accept masks that empty a tensor
-    seed         of the random score
-    rewind       store the model's state in the ticket
+    allow_empty  accept masks that empty a tensor; the papers do, so set it when reproducing SNIP or SynFlow
+    seed         of the random score, of snip-scaled's draw, and of dropout while gradients are taken
+    rewind       store the state that was scored in the ticket
+    steps        score and cut this many times, each time keeping density^(e / steps) of the weights; by default 100 for
+                 synflow (Tanaka et al. 2020) and 1 for the others. Weights, tiles and n:m (which has at most m - n
+                 steps); filters and layers go in one shot
+    state        a state_dict to score and to rewind to instead of the model's own, as the weights of step k
+    in_shape     of one input, without the batch dimension, where no batches are given
 
-    Raises ValueError for an unknown name, a budget that cannot be met, or NaN in weights or scores.
+    Raises ValueError for an unknown name, a budget that cannot be met, a state of another architecture, or NaN in
+    weights or scores.
     """
     kind, numbers = parse(granularity)
     scorer = lookup(score)
@@ -63,30 +80,47 @@ def at_init(
             f"granularity {granularity!r} takes {'neither' if kind == 'n:m' else 'sparsity='}, not remove="
         )
 
+    check_scope(scope)
+    steps = _steps(steps, score, kind, numbers)
+
     if batches is not None and not isinstance(batches, Tensor | tuple | list):
         batches = list(batches)
-    scores = scorer(model, batches, loss=loss, bn_mode=bn_mode, seed=seed)
-    check_scores(scores)
+    if state is not None:
+        model = _with_state(model, state)
+
+    def judge(subject: nn.Module, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        with _own_randomness(subject, seed):
+            scores = scorer(subject, batches, loss=loss, bn_mode=bn_mode, seed=seed, in_shape=in_shape, masks=kept)
+        check_scores(scores)
+        return scores
+
     masks: dict[str, Tensor] = {}
     layers: dict[str, bool] = {}
     filters: dict[str, Tensor] = {}
     if kind == "layer":
-        blocks = find_blocks(model, _first_input(batches), strict)
+        scores = judge(model)
+        blocks = find_blocks(model, _sample(batches, in_shape), strict)
         pooled = _pool_block_scores(score, scores, blocks.candidates, aggregate, seed)
         dropped = drop_lowest_blocks(pooled, blocks.stages, blocks.stage_sizes, remove, 2 if keep is None else keep)
         layers = {name: name not in dropped for name in blocks.candidates}
     elif kind == "filter":
+        scores = judge(model)
         pooled = pool_filters(scores, [chain.producer for chain in filter_chains(model)], aggregate)
         filters = drop_lowest_filters(pooled, remove, 1 if keep is None else keep)
-    elif kind == "weight":
-        masks = keep_top(scores, sparsity, scope, allow_empty)
-    elif kind == "n:m":
-        masks = {name: keep_n_of_m(s, *numbers) for name, s in scores.items()}
     else:
-        tiles = keep_top(
-            {n: pool_blocks(s, *numbers, aggregate) for n, s in scores.items()}, sparsity, scope, allow_empty
-        )
-        masks = {n: expand_blocks(tiles[n], s.shape, *numbers) for n, s in scores.items()}
+
+        def cut(scores: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+            if kind == "weight":
+                return keep_top(scores, sparsity, scope, allow_empty, step=step, steps=steps)
+            if kind == "n:m":
+                n, m = numbers
+                return {name: keep_n_of_m(s, round(m * (n / m) ** (step / steps)), m) for name, s in scores.items()}
+            shapes = {name: s.shape for name, s in scores.items()}
+            tiles = {name: pool_blocks(s, *numbers, aggregate) for name, s in scores.items()}
+            tiles = keep_top(tiles, sparsity, scope, allow_empty, shapes=shapes, step=step, steps=steps)
+            return {name: expand_blocks(tiles[name], shape, *numbers) for name, shape in shapes.items()}
+
+        masks = _cut_in_steps(model, judge, cut, steps)
 
     settings = {
         "search": "at_init",
@@ -99,6 +133,8 @@ def at_init(
         "strict": strict,
         "bn_mode": bn_mode,
         "seed": seed,
+        "steps": steps,
+        "state": "model" if state is None else "given",
         "torch": torch.__version__,
     }
     return Ticket(
@@ -118,10 +154,66 @@ def _pool_block_scores(score, scores, candidates, aggregate: str, seed: int) -> 
     return pool_layers(scores, candidates, aggregate)
 
 
-def _first_input(batches) -> Tensor:
-    if isinstance(batches, Tensor):
-        return batches
-    if isinstance(batches, tuple | list) and batches:
-        first = batches[0]
-        return first if isinstance(first, Tensor) else first[0]
-    raise ValueError("finding the blocks needs data: pass batches=(x, y) or a list of such pairs")
+@contextmanager
+def _own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout draws from ``seed`` on within it; the user's generators stand afterwards where they stood before."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=cuda):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+            generator.manual_seed(seed)
+        yield
+
+
+def _sample(batches, in_shape: Sequence[int] | None) -> Tensor:
+    sample = first_input(batches)
+    if sample is None and in_shape is not None:
+        sample = torch.ones(1, *in_shape)
+    if sample is None:
+        raise ValueError("finding the blocks needs data: pass batches=(x, y) or a list of such pairs")
+    return sample
+
+
+def _steps(steps: int | None, score: str, kind: str, numbers: tuple[int, int] | None) -> int:
+    one_shot = kind in ("layer", "filter")
+    if steps is None:
+        steps = 100 if score == "synflow" and not one_shot else 1
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
+    if one_shot and steps > 1:
+        raise ValueError(f"granularity {kind!r} at initialisation goes in one shot; leave steps out or pass steps=1")
+    return min(steps, max(1, numbers[1] - numbers[0])) if kind == "n:m" else steps
+
+
+def _cut_in_steps(
+    model: nn.Module,
+    judge: Callable[[nn.Module, Mapping[str, Tensor] | None], dict[str, Tensor]],
+    cut: Callable[[dict[str, Tensor], int], dict[str, Tensor]],
+    steps: int,
+) -> dict[str, Tensor]:
+    """Score, cut, set what was cut to zero, and score again; what is pruned scores -inf from then on."""
+    if steps == 1:
+        return cut(judge(model), 1)
+    twin = copy.deepcopy(model)
+    masks: dict[str, Tensor] = {}
+    for step in range(1, steps + 1):
+        scores = judge(twin, masks)
+        masks = cut({n: s.masked_fill(~masks[n], -torch.inf) if masks else s for n, s in scores.items()}, step)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                twin.get_parameter(name).mul_(mask)
+    return masks
+
+
+def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model at that state; ValueError naming the first entry that does not fit."""
+    twin = copy.deepcopy(model)
+    own = twin.state_dict()
+    for name in [*own, *state]:
+        ours, theirs = own.get(name), state.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            said = [f"{list(t.shape)}" if t is not None else "missing" for t in (theirs, ours)]
+            raise ValueError(
+                f"the state is of another architecture: {name} is {said[0]} in it and {said[1]} in the model"
+            )
+    twin.load_state_dict(state)
+    return twin
