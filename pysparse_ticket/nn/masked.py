@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Te
     """The hook of a dense weight's Parameter, which runs before the gradient reaches anything else."""
     owner = module()  # it may have moved to another device, or be gone before its backward pass
     return mask_gradient(grad, mask if owner is None else owner._buffers["_mask"])
+
+
+def _check_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], name: str) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"the mask of a {name} is a bool tensor, not {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.shape != shape:
+        raise ValueError(f"the mask's shape {tuple(mask.shape)} is not the {name}'s weight shape {tuple(shape)}")
 
 
 class MaskedModule(nn.Module):
@@ -37,15 +44,7 @@ class MaskedModule(nn.Module):
 
     def __init__(self, module: nn.Module, mask: Tensor) -> None:
         super().__init__()
-        name = type(module).__name__
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"the mask of a {name} is a bool tensor, not {getattr(mask, 'dtype', type(mask).__name__)}"
-            )
-        if mask.shape != module.weight.shape:
-            raise ValueError(
-                f"the mask's shape {tuple(mask.shape)} is not the {name}'s weight shape {tuple(module.weight.shape)}"
-            )
+        _check_mask(mask, module.weight.shape, type(module).__name__)
         weight = module.weight
         self.why_dense: str | None = None
         self.format = "dense"
@@ -175,6 +174,56 @@ class MaskedModule(nn.Module):
     def _laid_out(self, tensor: Tensor) -> Tensor:
         """In the memory format of the dense module's weight, which its rival's step has too."""
         return tensor.contiguous(memory_format=torch.channels_last) if self._channels_last else tensor
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor, carried: Tensor | None = None) -> tuple[nn.Parameter, Callable[[Tensor], Tensor]]:
+        """Run under another mask from now on, in the same format: how dynamic sparse training moves weights.
+
+        mask     bool, of the dense weight's shape
+        carried  bool, of that shape: which weights under both masks keep their value, None for all of them; every other
+                 weight under ``mask`` starts at zero
+
+        Returns the weight's Parameter and how a tensor of its old shape becomes one of the new, as
+        ``swaps.carry(optimizer, {old parameter: those})`` takes for momentum and moments. The Parameter stays the same
+        object, its values and gradient rearranged in place, unless a packed one gets another number of weights.
+        ValueError for a tensor of another shape or dtype.
+        """
+        for tensor in (mask, carried):
+            if tensor is not None:
+                _check_mask(tensor, self._shape, type(self).__name__)
+        old, new = self.pattern, Pattern.from_mask(mask.to(self.col.device))
+        fresh = ~(old.mask() & mask.to(self.col.device))
+        if carried is not None:
+            fresh |= ~carried.to(fresh.device)
+        packed = self.packed
+
+        def convert(tensor: Tensor) -> Tensor:
+            dense = (old.scatter(tensor) if packed else tensor).masked_fill(fresh, 0)
+            return new.gather(dense) if packed else dense
+
+        parameter = self.weight_parameter
+        value, grad = convert(parameter), None if parameter.grad is None else convert(parameter.grad)
+        if value.shape == parameter.shape:  # whoever holds the Parameter, DDP for one, keeps the right one
+            parameter.copy_(value)
+            if grad is not None:
+                parameter.grad.copy_(grad)
+        else:
+            parameter = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            parameter.grad = grad
+            self._parameters["values"] = parameter
+        if not packed:
+            self._mask.copy_(new.mask())
+        self._set_pattern(new)
+        return parameter, convert
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        for field, tensor in zip(Pattern.FIELDS, pattern.tensors, strict=True):
+            setattr(self, field, tensor)
+
+    def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient that the weights of the dense layer would have, those under the mask and the absent ones alike,
+        from the layer's input and the gradient of its output."""
+        raise NotImplementedError
 
     def _pack_if_possible(self) -> None:
         if not self.why_dense:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from ..ops.masked_conv2d import LAYOUTS, default_layout, masked_conv2d, output_size
 from .masked import MaskedModule
@@ -82,6 +84,15 @@ class MaskedConv2d(MaskedModule):
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         output = output_size(shape[2:], self.kernel_size, self.stride, self.padding_pair, self.dilation)
         return tuple(layout for layout in LAYOUTS if layout != default_layout(shape, output))
+
+    def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        if x.dim() == 3:
+            x, grad = x[None], grad[None]
+        padding = self.padding_pair
+        if self.padding_mode != "zeros" or padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), 0
+        return conv2d_weight(x, self._shape, grad, self.stride, padding, self.dilation, self.groups)
 
     def macs(self, input: Tensor, output: Tensor) -> int:
         """Multiply-adds of the surviving weights for the whole batch."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.library import CPU_ERROR
 from ..ops.masked_linear import linear_schedule, masked_linear
+from ..ops.pattern import Pattern
 from .masked import MaskedModule
 
 
@@ -41,6 +42,14 @@ class MaskedLinear(MaskedModule):
             return F.linear(x, self.masked_weight(), self.bias)
         schedules = None if self.schedule is None else (self.schedule, self.t_schedule)
         return masked_linear(x, self.values, self.bias, self.pattern, schedules=schedules)
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        super()._set_pattern(pattern)
+        if self.schedule is not None:
+            self.schedule, self.t_schedule = (t.to(self.schedule.device) for t in linear_schedule(pattern))
+
+    def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, self.out_features).T @ x.reshape(-1, self.in_features)
 
     def macs(self, input: Tensor, output: Tensor) -> int:
         """Multiply-adds of the surviving weights for the whole batch."""

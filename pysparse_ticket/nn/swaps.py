@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Swaps:
 
     def carry(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is not None:
-            _carry(optimizer, {k: v for name, new in self.new.items() for k, v in _moves(self.old[name], new).items()})
+            carry(optimizer, {k: v for name, new in self.new.items() for k, v in _moves(self.old[name], new).items()})
 
 
 def _moves(old: nn.Module, new: nn.Module) -> Moves:
@@ -62,7 +62,7 @@ def _moves(old: nn.Module, new: nn.Module) -> Moves:
     return moves
 
 
-def _carry(optimizer: torch.optim.Optimizer, moves: Mapping) -> None:
+def carry(optimizer: torch.optim.Optimizer, moves: Moves) -> None:
     """Swap parameters in the groups; per-parameter state of the parameter's shape is cut or spread with it."""
     for group in optimizer.param_groups:
         group["params"] = [

@@ -1,5 +1,6 @@
 """Ways to find a ticket; each composes a score, a granularity, a selection and a schedule."""
 
 from .at_init import at_init
+from .dynamic import Dynamic, dynamic
 
-__all__ = ["at_init"]
+__all__ = ["Dynamic", "at_init", "dynamic"]
