@@ -9,9 +9,21 @@ pst.densify(model)
 from . import measure, nn
 from .nn import densify, sparsify
 from .planner import plan
-from .search import at_init, dynamic
+from .search import at_init, dynamic, elastic
 from .ticket import Ticket, TicketError, overlap
 
 __version__ = "0.1.0"
 
-__all__ = ["Ticket", "TicketError", "at_init", "densify", "dynamic", "measure", "nn", "overlap", "plan", "sparsify"]
+__all__ = [
+    "Ticket",
+    "TicketError",
+    "at_init",
+    "densify",
+    "dynamic",
+    "elastic",
+    "measure",
+    "nn",
+    "overlap",
+    "plan",
+    "sparsify",
+]

@@ -8,22 +8,46 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .imagenet_resnet import BLOCKS, Bottleneck, ImageNetResNet
 from .mlp import Mlp, lenet_300_100, mlp_n
 from .resnet import DEPTHS, BasicBlock, CifarResNet
+from .vgg import STAGES, Vgg
 
-__all__ = ["BasicBlock", "CifarResNet", "Mlp", "build", "lenet_300_100", "mlp_n", "names"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "CifarResNet",
+    "ImageNetResNet",
+    "Mlp",
+    "Vgg",
+    "build",
+    "lenet_300_100",
+    "mlp_n",
+    "names",
+]
 
 
 def names() -> tuple[str, ...]:
-    """The names of the papers' networks; `build` also takes ``resnet<6n+2>`` and ``mlp-<n>`` of any other n >= 1."""
-    return (*(f"resnet{depth}" for depth in DEPTHS), "lenet-300-100", "mlp-2", "mlp-3", "mlp-4")
+    """The names of the papers' networks; `build` also takes ``resnet<6n+2>`` and ``mlp-<n>`` of any other n >= 1, and
+    ``vgg16-fc<n>`` for n linear layers."""
+    return (
+        *(f"resnet{depth}" for depth in DEPTHS),
+        *(f"vgg{depth}" for depth in STAGES),
+        *(f"{stem}-resnet{depth}" for stem in ("imagenet", "tiny") for depth in BLOCKS),
+        "lenet-300-100",
+        "mlp-2",
+        "mlp-3",
+        "mlp-4",
+    )
 
 
 def build(name: str, num_classes: int, in_shape: Sequence[int]) -> nn.Module:
     """A fresh network for images of shape ``in_shape`` (C, H, W) and ``num_classes`` logits.
 
-    Raises ValueError for an unknown name (the message lists the known ones), for a ResNet depth that is not 6 n + 2,
-    and for images below 4x4, which a ResNet's two halvings would leave without a pixel to spare.
+    ``resnet18`` and its like are CIFAR's three stages; ``imagenet-resnet18`` and ``tiny-resnet18`` have four.
+    Raises ValueError for an unknown name (the message lists the known ones), for a depth that the family does not have,
+    and for images too small for the network's halvings: below 4x4 pixels for a CIFAR ResNet, 16x16 for a VGG, 32x32 and
+    8x8 for the ImageNet and TinyImageNet ResNets.
     """
     if len(in_shape) != 3 or min(in_shape) < 1:
         raise ValueError(f"in_shape is (channels, height, width), each at least 1, not {tuple(in_shape)}")
@@ -34,7 +58,17 @@ def build(name: str, num_classes: int, in_shape: Sequence[int]) -> nn.Module:
     if match := re.fullmatch(r"mlp-(\d+)", name):
         return mlp_n(int(match[1]), math.prod(in_shape), num_classes)
     if match := re.fullmatch(r"resnet(\d+)", name):
-        if min(in_shape[1:]) < 4:
-            raise ValueError(f"{name} needs images of at least 4x4 pixels, not {in_shape[1]}x{in_shape[2]}")
+        _at_least(4, name, in_shape)
         return CifarResNet(int(match[1]), num_classes, in_shape[0])
+    if match := re.fullmatch(r"vgg(13|16|19)(?:-fc(\d+))?", name):
+        _at_least(16, name, in_shape)
+        return Vgg(int(match[1]), num_classes, in_shape[0], linear=int(match[2] or 1))
+    if match := re.fullmatch(r"(imagenet|tiny)-resnet(\d+)", name):
+        _at_least(32 if match[1] == "imagenet" else 8, name, in_shape)
+        return ImageNetResNet(int(match[2]), num_classes, in_shape[0], stem=match[1])
     raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}")
+
+
+def _at_least(pixels: int, name: str, in_shape: Sequence[int]) -> None:
+    if min(in_shape[1:]) < pixels:
+        raise ValueError(f"{name} needs images of at least {pixels}x{pixels} pixels, not {in_shape[1]}x{in_shape[2]}")

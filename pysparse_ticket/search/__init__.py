@@ -2,5 +2,6 @@
 
 from .at_init import at_init
 from .dynamic import Dynamic, dynamic
+from .elastic import elastic
 
-__all__ = ["Dynamic", "at_init", "dynamic"]
+__all__ = ["Dynamic", "at_init", "dynamic", "elastic"]
