@@ -9,7 +9,7 @@ pst.densify(model)
 from . import measure, nn
 from .nn import densify, sparsify
 from .planner import plan
-from .search import at_init, dynamic, elastic
+from .search import at_init, dynamic, elastic, filter_twin
 from .ticket import Ticket, TicketError, overlap
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "densify",
     "dynamic",
     "elastic",
+    "filter_twin",
     "measure",
     "nn",
     "overlap",

@@ -24,7 +24,7 @@ from .nn import sparsify
 from .nn.choose import FORMATS
 from .planner import plan, step
 from .report import cells, machine, machine_line, markdown_table, plot_arms
-from .search import at_init
+from .search import at_init, filter_twin
 from .ticket import Ticket, clone_state
 from .train import Progress, TrainConfig, train
 
@@ -81,9 +81,7 @@ def arms(settings: Settings) -> dict[str, Search]:
         )
 
     def twin(model: nn.Module, batch: tuple[Tensor, Tensor], seed: int) -> Ticket:
-        layer_ticket = layers("grasp")(model, batch, seed)
-        count = filters_removed(model, layer_ticket)
-        return at_init(model, batch, score="grasp", granularity="filter", remove=count, seed=seed)
+        return filter_twin(model, layers("grasp")(model, batch, seed), batch, seed=seed)
 
     def weights(model: nn.Module, batch: tuple[Tensor, Tensor], seed: int) -> Ticket:
         return at_init(model, batch, score="magnitude", granularity="weight", sparsity=settings.sparsity, seed=seed)
@@ -96,12 +94,6 @@ def arms(settings: Settings) -> dict[str, Search]:
         "filters grasp": twin,
         f"weights {settings.sparsity:.0%}": weights,
     }
-
-
-def filters_removed(model: nn.Module, ticket: Ticket) -> int:
-    """Filters in the blocks that a layer ticket removes: what its filter-pruned twin has to remove."""
-    blocks = [model.get_submodule(name) for name in ticket.removed_blocks]
-    return sum(m.out_channels for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d))
 
 
 def compare(

@@ -40,6 +40,17 @@ def pool_filters(scores: Scores, modules: Sequence[str], how: str) -> dict[str, 
     return {m: aggregate(s := scores[f"{m}.weight"], how, range(1, s.dim())) for m in modules}
 
 
+def pool_units(scores: Scores, units: Sequence[Sequence[tuple[str, int]]], how: str) -> Tensor:
+    """float64 [units]: the sum or mean over all weights of the filters (convolution name, index) of each unit."""
+    weights = {name: scores[f"{name}.weight"] for unit in units for name, _ in unit}
+    sums = {name: aggregate(s, "sum", range(1, s.dim())).tolist() for name, s in weights.items()}
+    sizes = {name: s[0].numel() for name, s in weights.items()}
+    totals = torch.tensor([sum(sums[name][i] for name, i in unit) for unit in units], dtype=torch.float64)
+    counts = torch.tensor([sum(sizes[name] for name, _ in unit) for unit in units], dtype=torch.float64)
+    aggregate(totals, how)
+    return totals if how == "sum" else totals / counts
+
+
 def parse(granularity: str) -> tuple[str, tuple[int, int] | None]:
     """``"weight"``, ``"filter"``, ``"layer"``, ``"2:4"`` or ``"block:16x16"`` to its kind and its two numbers."""
     if granularity in ("weight", "filter", "layer"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -146,20 +147,72 @@ def drop_lowest_filters(scores: Mapping[str, Tensor], remove: int, keep: int = 1
     """bool [out channels] a convolution, exactly ``remove`` filters False, at least ``keep`` True in each."""
     check_scores(scores)
     flat = torch.cat([s.reshape(-1).double() for s in scores.values()])
-    owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(scores.values())])
-    left = [s.numel() for s in scores.values()]
-    kept = torch.ones(flat.numel(), dtype=torch.bool)
-    dropped = 0
-    for position in flat.argsort(stable=True).tolist():
-        if dropped == remove:
+    owners = [name for name, s in scores.items() for _ in range(s.numel())]
+    kept = drop_lowest_units(flat, [1] * flat.numel(), owners, remove, keep)
+    return dict(zip(scores, kept.split([s.numel() for s in scores.values()]), strict=True))
+
+
+def drop_lowest_units(
+    scores: Tensor, sizes: Sequence[int], groups: Sequence[Hashable], remove: int, keep: int = 1
+) -> Tensor:
+    """bool [units], False for units of exactly ``remove`` filters in all; every group keeps at least ``keep`` units.
+
+    A unit counts as many filters as it has (``sizes``). The lowest score goes first; a unit is passed over where the
+    exact count could not be met with it gone. Of equal scores the earlier unit survives. ValueError when no choice of
+    units has exactly that many filters, with the nearest counts that there are.
+    """
+    left = Counter(groups)
+    spare = {group: max(count - keep, 0) for group, count in left.items()}
+    size_of = dict(zip(groups, sizes, strict=True))
+    if any(size_of[group] != size for group, size in zip(groups, sizes, strict=True)):
+        raise ValueError("the units of a group must have one size")
+
+    def within(limit: int) -> int:
+        """A bit for each number of filters, up to ``limit``, that the units left can still remove."""
+        most: Counter[int] = Counter()
+        for group, size in size_of.items():
+            most[size] += min(spare[group], left[group])
+        reached = 1
+        for size, count in most.items():
+            step = 1
+            while count:
+                step = min(step, count)
+                reached |= reached << (step * size)
+                count, step = count - step, 2 * step
+                reached &= (2 << limit) - 1
+        return reached
+
+    total = sum(size_of[group] * spare[group] for group in size_of)
+    if not within(remove) >> remove & 1:
+        raise ValueError(_no_such_count(remove, sum(sizes), total, keep, within(total), set(sizes)))
+    kept = torch.ones(len(sizes), dtype=torch.bool)
+    mixed = set(sizes) != {1}
+    # of equal scores the later position comes first
+    for position in (len(sizes) - 1 - scores.double().flip(0).argsort(stable=True)).tolist():
+        if not remove:
             break
-        if left[owner[position]] > keep:
-            left[owner[position]] -= 1
-            kept[position] = False
-            dropped += 1
-    if dropped < remove:
-        raise ValueError(
-            f"cannot remove {remove} filters: of {flat.numel()} candidates {dropped} can go, "
+        group, size = groups[position], sizes[position]
+        left[group] -= 1
+        if not spare[group] or size > remove:
+            continue
+        spare[group] -= 1
+        if mixed and not within(remove - size) >> (remove - size) & 1:
+            spare[group] += 1
+            continue
+        kept[position] = False
+        remove -= size
+    return kept
+
+
+def _no_such_count(remove: int, filters: int, total: int, keep: int, reached: int, sizes: set[int]) -> str:
+    if remove > total:
+        return (
+            f"cannot remove {remove} filters: of {filters} candidates {total} can go, "
             f"since every convolution keeps at least {keep}"
         )
-    return dict(zip(scores, kept.split([s.numel() for s in scores.values()]), strict=True))
+    fewer = (reached & ((1 << remove) - 1)).bit_length() - 1
+    more = next(n for n in range(remove + 1, total + 1) if reached >> n & 1)
+    return (
+        f"cannot remove exactly {remove} filters: coupled ones go together, {' or '.join(map(str, sorted(sizes)))} at "
+        f"a time, so the nearest counts are {fewer} and {more}"
+    )

@@ -161,6 +161,16 @@ def test_filter_tickets_run_in_the_chain(training, samples):
     assert not any(hasattr(m, "_tile_pattern") for m in dense.modules())
 
 
+def test_coupled_filter_tickets_run_in_the_chain():
+    torch.manual_seed(0)
+    model = resnet().train()
+    ticket = pst.at_init(model, score="random", granularity="filter", remove=300)
+    chain = check_chain(pst.sparsify(model, ticket), torch.randn(5, 3, 8, 8))
+    # the stem, two of each of six blocks and two projections, each on the channels left alone
+    assert sum(hasattr(m, "_tile_pattern") for m in chain.modules()) == 15
+    assert chain.fc.weight.shape[1] == int(ticket.filters["stage3.1.conv2"].sum()) < 64
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_removed_filters_of_full_width_are_zeros(bias):
     """Masked, filter-sparse at full width and whole convolutions in one chain."""

@@ -35,7 +35,9 @@ def masked_twin(model, ticket):
             twin.set_submodule(name, nn.Identity())
         for name, kept in ticket.filters.items():
             twin.get_parameter(f"{name}.weight").mul_(kept[:, None, None, None])
-            twin.get_parameter(name.replace("conv1", "conv2") + ".weight").mul_(kept[None, :, None, None])
+            norm = name.replace("conv", "norm").replace("stem", "stem_norm").replace("shortcut.0", "shortcut.1")
+            for parameter in twin.get_submodule(norm).parameters():
+                parameter.mul_(kept)
     return twin
 
 
@@ -325,11 +327,12 @@ def test_bad_input_leaves_the_model_unchanged():
         pst.sparsify(model, ticket, plan={"stem": "fast"})
     with pytest.raises(ValueError, match="the plan names nowhere"):
         pst.sparsify(model, ticket, plan={"nowhere": "dense"})
-    ticket.filters = {"stem": torch.zeros(16, dtype=torch.bool)}
+    one = torch.arange(16) != 3
+    ticket.filters = {"stage1.0.conv1": one}
     with pytest.raises(ValueError, match="both a mask and filters"):
         pst.sparsify(model, ticket)
-    stem = pst.Ticket(filters=ticket.filters)
-    with pytest.raises(ValueError, match="the filters of stem do not feed one other convolution alone"):
+    stem = pst.Ticket(filters={"stem": one})
+    with pytest.raises(ValueError, match=r"keeps filter 3 of stage1\.0\.conv2 and removes the one of stem"):
         pst.sparsify(model, stem)
     norm = pst.Ticket(masks={"stem_norm.weight": torch.zeros(16, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"stem_norm\.weight of a BatchNorm2d cannot be sparse"):

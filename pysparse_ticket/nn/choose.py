@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, race, race_steps
 from .chain import chained_layers, tile_chain
-from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .filter_sparse_conv2d import CompactBatchNorm2d, DenseState
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
@@ -119,8 +119,9 @@ def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
     """Every masked layer in format "dense"; compact layers become masked ones, their norms whole again."""
     for row in result.layers:
         module = model.get_submodule(row.layer)
-        if isinstance(module, FilterSparseConv2d):
-            masked = MaskedConv2d.from_dense(swaps.old[row.layer], module.mask)
+        if isinstance(module, DenseState):
+            plain = swaps.old[row.layer]
+            masked = MASKED[type(plain)].from_dense(plain, module.mask)
             masked.set_format("dense")
             swaps.exchange(row.layer, masked)
         elif isinstance(module, MaskedModule) and module.packed:

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from ..planner import LayerPlan, Plan, PlanCache, find_sites
 from ..scores import prunable
-from ..structure import FilterChain, filter_chains
-from ..ticket import Ticket
+from ..structure import find_channels
+from ..ticket import Ticket, TicketError
 from .chain import untile
 from .choose import FORMATS, choose_layer, choose_model, run_dense
-from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .compact_layers import CompactDepthwiseConv2d, CompactLinear
+from .filter_sparse_conv2d import CompactBatchNorm2d, DenseState, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
 from .swaps import Swaps
 
-COMPACT_FORMATS = ("compact", "tiled", "dense", "auto")  # of a layer that loses filters
+COMPACT_FORMATS = ("compact", "tiled", "dense", "auto")  # of a layer that loses filters or input channels
 
 
 def sparsify(
@@ -42,7 +43,8 @@ def sparsify(
                must take the same kernels to end with the same bits. Layers that lose filters are "compact",
                "tiled" or, all of them, "dense"
 
-    Raises TicketError when the ticket is for another architecture, ValueError for a layer that cannot be sparse or
+    Raises TicketError when the ticket is for another architecture or removes a filter and keeps one that goes together
+    with it (``structure.Channels``), ValueError for a layer that cannot be sparse or
     NaN in the weights; the model is then unchanged.
     """
     ticket.check(model)
@@ -51,9 +53,8 @@ def sparsify(
             raise ValueError(f"{name} holds NaN; a ticket of broken weights would train to nothing")
     x = sample[0] if isinstance(sample, tuple | list) else sample
     owners = _mask_owners(model, ticket)
-    chains = _chains(model, ticket)
+    compact, norms = _behind_filters(model, ticket, owners)
     insisted = {} if isinstance(plan, str) else dict(plan)
-    compact = dict.fromkeys([*chains, *(chain.consumer for chain in chains.values())])
     forced = dict.fromkeys([*owners, *compact], plan) if isinstance(plan, str) else insisted
     for name, fmt in forced.items():
         if name not in owners and name not in compact:
@@ -69,7 +70,13 @@ def sparsify(
     for name in ticket.removed_blocks:
         swaps.replace(name, LayerSkip())
         result.layers.append(LayerPlan(name, "block", (), 1.0, "skipped", chosen_us=0.0))
-    _compact_filters(model, ticket, chains, swaps, result)
+    for name, module in compact.items():
+        swaps.replace(name, module)
+        old = model.get_submodule(name)
+        removed = 1 - module.weight.numel() / old.weight.numel()
+        result.layers.append(LayerPlan(name, type(old).__name__.lower(), (), removed, "compact"))
+    for name, module in norms.items():
+        swaps.replace(name, module)
     for name, mask in owners.items():
         masked, row = choose_layer(
             name, model.get_submodule(name), mask, forced.get(name, "auto"), sites.get(name), cache, name in insisted
@@ -92,7 +99,7 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     for name, module in list(model.named_modules()):
         if isinstance(module, LayerSkip):
             swaps.replace(name, nn.Identity())
-        elif isinstance(module, MaskedModule | FilterSparseConv2d | CompactBatchNorm2d):
+        elif isinstance(module, MaskedModule | DenseState):
             swaps.replace(name, module.to_dense())
     model = swaps.commit()
     swaps.carry(optimizer)
@@ -120,32 +127,53 @@ def _mask_owners(model: nn.Module, ticket: Ticket) -> dict[str, Tensor]:
     return owners
 
 
-def _chains(model: nn.Module, ticket: Ticket) -> dict[str, FilterChain]:
-    wanted = [name for name, kept in ticket.filters.items() if not kept.all()]
-    if not wanted:
-        return {}
-    chains = {chain.producer: chain for chain in filter_chains(model)}
-    for name in wanted:
-        if name not in chains:
+def _behind_filters(
+    model: nn.Module, ticket: Ticket, masked: Mapping[str, Tensor]
+) -> tuple[dict[str, DenseState], dict[str, CompactBatchNorm2d]]:
+    """{name: compact layer} and {name: compact norm} of what makes, reads or passes on a channel that is removed."""
+    if all(kept.all() for kept in ticket.filters.values()):
+        return {}, {}
+    channels = find_channels(model)
+    try:
+        gone = channels.removed(ticket.filters)
+    except ValueError as error:
+        raise TicketError(str(error)) from None
+    skipped = tuple(f"{name}." for name in ticket.removed_blocks)
+
+    def kept(units: Mapping[str, tuple[int, ...]], name: str) -> Tensor | None:
+        """bool a channel, None where all stay."""
+        row = [unit not in gone for unit in units.get(name, ())]
+        return None if all(row) else torch.tensor(row)
+
+    layers: dict[str, DenseState] = {}
+    for name in dict.fromkeys([*channels.producers, *channels.readers]):
+        keep_out, keep_in = kept(channels.producers, name), kept(channels.readers, name)
+        if name.startswith(skipped) or (keep_out is None and keep_in is None):
+            continue
+        if name in masked:
             raise ValueError(
-                f"the filters of {name} do not feed one other convolution alone, so they cannot be removed"
+                f"the ticket masks weights of {name} and removes channels that it makes or reads; only one of them can "
+                "be run"
             )
-    return {name: chains[name] for name in wanted}
+        layers[name] = _compact(model.get_submodule(name), keep_out, keep_in)
+    norms = {
+        name: CompactBatchNorm2d.from_dense(model.get_submodule(name), keep)
+        for name in channels.norms
+        if not name.startswith(skipped) and (keep := kept(channels.norms, name)) is not None
+    }
+    return layers, norms
 
 
-def _compact_filters(
-    model: nn.Module, ticket: Ticket, chains: dict[str, FilterChain], swaps: Swaps, result: Plan
-) -> None:
-    keep_in = {chain.consumer: ticket.filters[name] for name, chain in chains.items()}
-    for name in dict.fromkeys([*chains, *keep_in]):
-        conv = model.get_submodule(name)
-        kept = ticket.filters[name] if name in chains else torch.ones(conv.out_channels, dtype=torch.bool)
-        compact = FilterSparseConv2d.from_dense(
-            conv, kept, keep_in.get(name), compact_in=name in keep_in, compact_out=name in chains
-        )
-        swaps.replace(name, compact)
-        removed = 1 - compact.weight.numel() / conv.weight.numel()
-        result.layers.append(LayerPlan(name, "conv2d", (), removed, "compact"))
-    for name, chain in chains.items():
-        for norm in chain.norms:
-            swaps.replace(norm, CompactBatchNorm2d.from_dense(model.get_submodule(norm), ticket.filters[name]))
+def _compact(layer: nn.Module, keep_out: Tensor | None, keep_in: Tensor | None) -> DenseState:
+    if isinstance(layer, nn.Linear):
+        return CompactLinear.from_dense(layer, keep_in)
+    if layer.groups > 1:
+        return CompactDepthwiseConv2d.from_dense(layer, keep_out)
+    whole = torch.ones(layer.out_channels, dtype=torch.bool)
+    return FilterSparseConv2d.from_dense(
+        layer,
+        whole if keep_out is None else keep_out,
+        keep_in,
+        compact_in=keep_in is not None,
+        compact_out=keep_out is not None,
+    )

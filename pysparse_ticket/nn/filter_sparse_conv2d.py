@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
+def keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
     if keep is None:
         return torch.ones(count, dtype=torch.bool)
     if keep.dtype != torch.bool or keep.shape != (count,):
@@ -15,7 +15,7 @@ def _keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
     return keep
 
 
-class _DenseState(nn.Module):
+class DenseState(nn.Module):
     """Saves and loads compact tensors in the dense module's shapes: ``_dense_slots()`` says where each one lies."""
 
     def _dense_slots(self) -> dict[str, tuple[tuple[int, ...], tuple[Tensor, ...], float]]:
@@ -24,6 +24,8 @@ class _DenseState(nn.Module):
 
     def expand_like(self, name: str, compact: Tensor) -> Tensor:
         """A tensor of the parameter's compact shape in the dense shape, filled where channels were removed."""
+        if name not in self._dense_slots():
+            return compact
         shape, index, fill = self._dense_slots()[name]
         dense = compact.new_full(shape, fill)
         dense[torch.meshgrid(*index, indexing="ij") if len(index) > 1 else index[0]] = compact
@@ -31,9 +33,16 @@ class _DenseState(nn.Module):
 
     def compact_like(self, name: str, dense: Tensor) -> Tensor:
         """The part of a tensor in the dense parameter's shape that survives: an optimizer's momentum, say."""
-        for dim, index in enumerate(self._dense_slots()[name][1]):
+        for dim, index in enumerate(self._dense_slots()[name][1] if name in self._dense_slots() else ()):
             dense = dense.index_select(dim, index)
         return dense
+
+    def fill(self, dense: nn.Module) -> nn.Module:
+        """The dense module with copies of this one's state, in its mode."""
+        dense.load_state_dict(self.state_dict())
+        for name, parameter in self.named_parameters():
+            dense.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return dense.train(self.training)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -56,7 +65,7 @@ class _DenseState(nn.Module):
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-class FilterSparseConv2d(_DenseState):
+class FilterSparseConv2d(DenseState):
     """Equivalent to ``F.conv2d(x, weight * keep_out[:, None, None, None] * keep_in[None, :, None, None], ...)``.
 
     x ``[N, C, H, W]`` to ``[N, O, H', W']`` with exact zeros in the removed channels. With ``compact_in`` x holds only
@@ -70,8 +79,8 @@ class FilterSparseConv2d(_DenseState):
             raise ValueError(f"FilterSparseConv2d takes convolutions of one group, not {conv.groups}")
         if conv.padding_mode != "zeros":
             raise ValueError(f"FilterSparseConv2d pads with zeros, not {conv.padding_mode!r}")
-        keep_out = _keep_mask(keep_out, conv.out_channels, "keep_out").to(conv.weight.device)
-        keep_in = _keep_mask(keep_in, conv.in_channels, "keep_in").to(conv.weight.device)
+        keep_out = keep_mask(keep_out, conv.out_channels, "keep_out").to(conv.weight.device)
+        keep_in = keep_mask(keep_in, conv.in_channels, "keep_in").to(conv.weight.device)
         if not keep_out.any() or not keep_in.any():
             raise ValueError("keep_out and keep_in must each keep a channel")
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
@@ -147,8 +156,7 @@ class FilterSparseConv2d(_DenseState):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        conv.load_state_dict(self.state_dict())
-        return conv.train(self.training)
+        return self.fill(conv)
 
     def _dense_slots(self):
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
@@ -164,13 +172,13 @@ class FilterSparseConv2d(_DenseState):
         )
 
 
-class CompactBatchNorm2d(_DenseState, nn.BatchNorm2d):
+class CompactBatchNorm2d(DenseState, nn.BatchNorm2d):
     """The surviving channels of a BatchNorm2d; its state_dict has the dense shapes, removed channels normalise to 0."""
 
     @classmethod
     def from_dense(cls, norm: nn.BatchNorm2d, keep: Tensor) -> CompactBatchNorm2d:
         """keep bool [C]."""
-        keep = _keep_mask(keep, norm.num_features, "keep").to(norm.weight.device if norm.affine else keep.device)
+        keep = keep_mask(keep, norm.num_features, "keep").to(norm.weight.device if norm.affine else keep.device)
         compact = cls(
             int(keep.sum()),
             norm.eps,
@@ -183,14 +191,15 @@ class CompactBatchNorm2d(_DenseState, nn.BatchNorm2d):
         compact.dense_features = norm.num_features
         compact.register_buffer("index", keep.nonzero().flatten(), persistent=False)
         compact.load_state_dict(norm.state_dict())
+        for name, parameter in norm.named_parameters():
+            compact.get_parameter(name).requires_grad_(parameter.requires_grad)
         return compact.train(norm.training)
 
     def to_dense(self) -> nn.BatchNorm2d:
         like = self.weight if self.affine else self.running_mean
         norm = nn.BatchNorm2d(self.dense_features, self.eps, self.momentum, self.affine, self.track_running_stats)
         norm.to(like)
-        norm.load_state_dict(self.state_dict())
-        return norm.train(self.training)
+        return self.fill(norm)
 
     def _dense_slots(self):
         if not hasattr(self, "index"):  # while __init__ runs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .filter_sparse_conv2d import DenseState
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
 
@@ -53,9 +53,9 @@ def _moves(old: nn.Module, new: nn.Module) -> Moves:
             moves[parameter] = (new.weight_parameter, new.compact_like)
         elif isinstance(old, MaskedModule) and successor == "weight":
             moves[parameter] = (new.weight, old.dense_like)
-        elif isinstance(new, FilterSparseConv2d | CompactBatchNorm2d):
+        elif isinstance(new, DenseState):
             moves[parameter] = (getattr(new, name), lambda t, name=name: new.compact_like(name, t))
-        elif isinstance(old, FilterSparseConv2d | CompactBatchNorm2d):
+        elif isinstance(old, DenseState):
             moves[parameter] = (getattr(new, name), lambda t, name=name: old.expand_like(name, t))
         else:
             moves[parameter] = (getattr(new, name), lambda t: t)

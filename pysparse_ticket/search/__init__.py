@@ -3,5 +3,6 @@
 from .at_init import at_init
 from .dynamic import Dynamic, dynamic
 from .elastic import elastic
+from .filter_twin import filter_twin, filters_removed
 
-__all__ = ["Dynamic", "at_init", "dynamic", "elastic"]
+__all__ = ["Dynamic", "at_init", "dynamic", "elastic", "filter_twin", "filters_removed"]

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..granularity import expand_blocks, keep_n_of_m, parse, pool_blocks, pool_filters, pool_layers
+from ..granularity import expand_blocks, keep_n_of_m, parse, pool_blocks, pool_layers, pool_units
 from ..scores import lookup
 from ..scores.gradient import Batch, Loss
 from ..scores.synflow import first_input
-from ..select import check_scope, check_scores, drop_lowest_blocks, drop_lowest_filters, keep_top
-from ..structure import filter_chains, find_blocks
+from ..select import check_scope, check_scores, drop_lowest_blocks, drop_lowest_units, keep_top
+from ..structure import find_blocks, find_channels
 from ..ticket import Ticket, clone_state, fingerprint
 
 
@@ -34,6 +34,7 @@ def at_init(
     scope: str = "global",
     strict: bool = False,
     keep: int | None = None,
+    coupled: bool = True,
     allow_empty: bool = False,
     bn_mode: str = "train",
     loss: Loss = F.cross_entropy,
@@ -56,6 +57,9 @@ def at_init(
                  :func:`~pysparse_ticket.select.erk_budgets` gives it; score="random" makes that static random ERK
     strict       layers: also spare the neighbours of downsampling blocks
     keep         layers: blocks that stay in every stage (2); filters: filters that stay in every convolution (1)
+    coupled      filters: also those that go together, since their outputs are added, multiplied or filtered depthwise;
+                 False takes only filters that go alone. A coupled unit is scored over all weights of its filters and
+                 counts as many filters as it has, so ``remove`` is the number of filters that the ticket marks
     allow_empty  accept masks that empty a tensor; the papers do, so set it when reproducing SNIP or SynFlow
     seed         of the random score, of snip-scaled's draw, and of dropout while gradients are taken
     rewind       store the state that was scored in the ticket
@@ -105,8 +109,7 @@ def at_init(
         layers = {name: name not in dropped for name in blocks.candidates}
     elif kind == "filter":
         scores = judge(model)
-        pooled = pool_filters(scores, [chain.producer for chain in filter_chains(model)], aggregate)
-        filters = drop_lowest_filters(pooled, remove, 1 if keep is None else keep)
+        filters = _drop_filters(model, score, scores, aggregate, remove, 1 if keep is None else keep, coupled, seed)
     else:
 
         def cut(scores: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -131,6 +134,7 @@ def at_init(
         "aggregate": aggregate,
         "scope": scope,
         "strict": strict,
+        "coupled": coupled,
         "bn_mode": bn_mode,
         "seed": seed,
         "steps": steps,
@@ -217,3 +221,21 @@ def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             )
     twin.load_state_dict(state)
     return twin
+
+
+def _drop_filters(
+    model: nn.Module, score: str, scores: dict[str, Tensor], aggregate: str, remove: int, keep: int, coupled, seed: int
+) -> dict[str, Tensor]:
+    channels = find_channels(model)
+    units = channels.units(coupled)
+    if not units:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.refused.items())[:3])
+        why = "each is coupled with others, which coupled=True removes with it" if channels.units() else why
+        raise ValueError(f"{type(model).__name__} has no filter that can be removed: {why}")
+    if score == "random":  # a unit's own U(0, 1), as for blocks
+        pooled = torch.rand(len(units), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    else:
+        pooled = pool_units(scores, list(units.values()), aggregate)
+    groups = [tuple(sorted(name for name, _ in unit)) for unit in units.values()]
+    kept = drop_lowest_units(pooled, [len(unit) for unit in units.values()], groups, remove, keep)
+    return channels.masks((unit for unit, stays in zip(units, kept.tolist(), strict=True) if not stays), coupled)

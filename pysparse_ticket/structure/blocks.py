@@ -1,4 +1,4 @@
-"""What a network consists of, found by running or tracing it: blocks that can be skipped, filters that can go."""
+"""Blocks of layers that can be skipped, found by running the network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scores.magnitude import prunable
+from ..scores.magnitude import prunable
 
 
 @dataclass(frozen=True)
@@ -109,86 +107,3 @@ def find_blocks(model: nn.Module, sample: Tensor, strict: bool = False) -> Block
                 continue
             candidates.append(block.name)
     return Blocks(tuple(blocks), tuple(candidates))
-
-
-@dataclass(frozen=True)
-class FilterChain:
-    """A convolution whose output reaches one other convolution alone, channel by channel: its filters can go."""
-
-    producer: str
-    norms: tuple[str, ...]
-    consumer: str
-
-
-_CHANNELWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Tanh,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-)
-_CHANNELWISE_CALLS = {
-    torch.relu,
-    F.relu,
-    F.relu6,
-    F.gelu,
-    F.silu,
-    F.leaky_relu,
-    F.elu,
-    torch.tanh,
-    F.max_pool2d,
-    F.avg_pool2d,
-}
-
-
-def filter_chains(model: nn.Module) -> list[FilterChain]:
-    """Trace the model and list its :class:`FilterChain`; ValueError with the reason when it cannot be traced."""
-    try:
-        graph = torch.fx.Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code and may raise anything
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced, so its filters cannot be pruned: {error}"
-        ) from error
-    modules = dict(model.named_modules())
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-
-    def plain_conv(node) -> bool:
-        return (
-            node.op == "call_module"
-            and type(modules[node.target]) is nn.Conv2d
-            and modules[node.target].groups == 1
-            and calls.count(node.target) == 1
-        )
-
-    chains = []
-    for start in graph.nodes:
-        if not plain_conv(start):
-            continue
-        norms: list[str] = []
-        node = start
-        while len(node.users) == 1:
-            node = next(iter(node.users))
-            if plain_conv(node):
-                chains.append(FilterChain(start.target, tuple(norms), node.target))
-                break
-            if (
-                node.op == "call_module"
-                and type(modules[node.target]) is nn.BatchNorm2d
-                and calls.count(node.target) == 1
-            ):
-                norms.append(node.target)
-            elif not (
-                (node.op == "call_module" and isinstance(modules[node.target], _CHANNELWISE))
-                or (node.op == "call_function" and node.target in _CHANNELWISE_CALLS)
-                or (node.op == "call_method" and node.target in ("relu", "tanh"))
-            ):
-                break
-    return chains
