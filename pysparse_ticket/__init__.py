@@ -6,10 +6,10 @@ model = pst.sparsify(model, ticket, sample=batch)
 pst.densify(model)
 """
 
-from . import measure, nn
+from . import analysis, measure, nn
 from .nn import densify, sparsify
 from .planner import plan
-from .search import at_init, dynamic, elastic, filter_twin
+from .search import after_training, at_init, dynamic, elastic, filter_twin
 from .ticket import Ticket, TicketError, overlap
 
 __version__ = "0.1.0"
@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Ticket",
     "TicketError",
+    "after_training",
+    "analysis",
     "at_init",
     "densify",
     "dynamic",

@@ -55,6 +55,62 @@ def _version(package: str, metadata) -> str:
         return "not installed"
 
 
+@app.command("find-trained")
+def find_trained_ticket(
+    out: Annotated[Path, typer.Argument(help="the ticket's file")],
+    data: str = "digits",
+    model: str = "resnet32",
+    size: int = 16,
+    root: str | None = None,
+    score: Annotated[
+        str, typer.Option(help="hrank, expectabs, kl, pls-vip, cka, cka-intra, filter-l1, random, or one of weights")
+    ] = "hrank",
+    remove: Annotated[int, typer.Option(help="blocks")] = 1,
+    steps: Annotated[int, typer.Option(help="rounds in which they go, each scored anew")] = 1,
+    rewind_epoch: Annotated[int, typer.Option(help="epoch whose state the ticket starts from")] = 0,
+    reinit: Annotated[bool, typer.Option("--reinit", help="start from torch's default draws instead")] = False,
+    epochs: int = 4,
+    batch_size: int = 64,
+    lr: float = 0.1,
+    samples: Annotated[int, typer.Option(help="training images to score on")] = 512,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Train a network, find a layer ticket in it and save it; stopped, the same command goes on."""
+    from .compare import Settings, recipe
+    from .find_trained import find_trained
+    from .train import Interrupted
+
+    with _one_sentence():
+        settings = Settings(data=data, model=model, size=size, root=root, train=recipe(epochs, batch_size, lr, device))
+        checkpoint = out.with_name(f"{out.stem}.checkpoint")
+        with Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        ) as bar:
+            task = bar.add_task("training", total=None)
+            try:
+                ticket, history = find_trained(
+                    settings,
+                    checkpoint,
+                    seed=seed,
+                    rewind_epoch=rewind_epoch,
+                    samples=samples,
+                    score=score,
+                    remove=remove,
+                    steps=steps,
+                    reinit=reinit,
+                    on_progress=lambda p: bar.update(task, completed=p.step, total=p.steps),
+                )
+            except Interrupted as stop:
+                bar.stop()
+                errors.print(f"{stop}; go on with the same command", soft_wrap=True)
+                raise typer.Exit(130) from None
+        ticket.save(out)
+        gone = ", ".join(ticket.removed_blocks) or "nothing"
+        trained = f"trained to {history.test_accuracy[-1]:.2%}"
+        console.print(f"{out}: {trained}, sparsity {ticket.sparsity:.2%}, removed {gone}", soft_wrap=True)
+
+
 @app.command()
 def compare(
     data: Annotated[str, typer.Option(help="digits, procedural, cifar10 or cifar100")] = "digits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activation import BLOCK_SCORES
 from .gradient import grasp, grasp_magnitude, grasp_signed, snip, snip_scaled
 from .magnitude import magnitude, prunable, random
 from .synflow import synflow
@@ -18,6 +19,7 @@ SCORES = {
 }
 
 __all__ = [
+    "BLOCK_SCORES",
     "SCORES",
     "grasp",
     "grasp_magnitude",

@@ -1,0 +1,74 @@
+"""A ticket of a named network, trained on named data: train, keep an early state, score, rewind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import data as datasets
+from .compare import Settings, build
+from .search import after_training
+from .ticket import Ticket, clone_state
+from .train import History, Progress, train
+
+
+def find_trained(
+    settings: Settings,
+    checkpoint: str | Path,
+    *,
+    seed: int = 0,
+    rewind_epoch: int = 0,
+    samples: int = 512,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    **options,
+) -> tuple[Ticket, History]:
+    """Train ``settings.model``, then :func:`pysparse_ticket.after_training` with the state after ``rewind_epoch``.
+
+    ``samples`` training images, drawn by ``seed`` and not augmented, are scored; ``options`` go to ``after_training``.
+    An interrupted run goes on from ``checkpoint``, which holds the early state too, and ends with the same bits. Raises
+    ValueError for a rewind epoch after the last one or unlike the checkpoint's, and what ``after_training``, ``train``
+    and the loader raise.
+    """
+    config = replace(settings.train, seed=seed)
+    if not 0 <= rewind_epoch < config.epochs:
+        raise ValueError(
+            f"rewind_epoch must be one of 0 to {config.epochs - 1}, before the last epoch, not {rewind_epoch}"
+        )
+    if samples < 1:
+        raise ValueError(f"scoring needs samples=1 or more, not {samples}")
+    scaled = {"size": settings.size} if settings.data == "digits" else {}
+    data = datasets.load(settings.data, root=settings.root, download=settings.download, **scaled).to(config.device)
+    model = build(settings, data, seed)
+    early = clone_state(model)
+    batches = len(data.train_labels) / config.batch_size
+    rewind_step = rewind_epoch * (math.floor(batches) if config.drop_last else math.ceil(batches))
+
+    mark = torch.tensor(rewind_step)
+
+    def check() -> None:  # going on from a checkpoint has copied its step into the mark
+        if int(mark) != rewind_step:
+            raise ValueError(
+                f"{checkpoint} keeps the state of step {int(mark)}, not of epoch {rewind_epoch}; name another"
+            )
+
+    def tick(progress: Progress) -> None:
+        check()
+        if progress.step == rewind_step:
+            for name, tensor in model.state_dict().items():
+                early[name].copy_(tensor)
+        on_progress(progress)
+
+    history = train(model, data, config, checkpoint=checkpoint, on_step=tick, extra=early | {"rewind step": mark})
+    check()
+    drawn = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))[:samples]
+    drawn = drawn.to(data.train_images.device)
+    pairs = [(data.normalize(data.train_images[i]), data.train_labels[i]) for i in drawn.split(config.batch_size)]
+    rewind = None if options.get("reinit") else early
+    ticket = after_training(model, pairs, rewind=rewind, seed=seed, **options)
+    ticket.provenance |= {"data": settings.data, "model": settings.model, "epochs": config.epochs}
+    ticket.provenance |= {"rewind_epoch": rewind_epoch, "samples": len(drawn)}
+    return ticket, history
