@@ -9,7 +9,7 @@ pst.densify(model)
 from . import analysis, measure, nn
 from .nn import densify, sparsify
 from .planner import plan
-from .search import after_training, at_init, dynamic, elastic, filter_twin
+from .search import after_training, at_init, dynamic, elastic, filter_twin, imp
 from .ticket import Ticket, TicketError, overlap
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "dynamic",
     "elastic",
     "filter_twin",
+    "imp",
     "measure",
     "nn",
     "overlap",

@@ -154,15 +154,7 @@ def compare(
         )
         stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
         folder = runs / (name or f"{data}-{model}-{stamp}")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
+        with _progress_bar() as bar:
             task = bar.add_task("racing the dense formats", total=None)
             try:
                 arms = run(
@@ -181,57 +173,145 @@ def compare(
 @app.command()
 def find(
     out: Annotated[Path, typer.Argument(help="the ticket's file")],
+    method: Annotated[str, typer.Option(help="at-init, or imp: train, prune, rewind, again and again")] = "at-init",
     data: str = "digits",
     model: str = "resnet32",
     size: int = 16,
     root: str | None = None,
     score: Annotated[
-        str,
-        typer.Option(help="magnitude, random, synflow, snip, snip-scaled, grasp, grasp-signed or grasp-magnitude"),
-    ] = "grasp",
-    granularity: Annotated[str, typer.Option(help="layer, filter, weight, n:m or block:HxW")] = "layer",
-    remove: Annotated[int | None, typer.Option(help="blocks or filters")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="of weights or tiles")] = None,
+        str | None,
+        typer.Option(
+            help="at-init: magnitude, random, synflow, snip, snip-scaled, grasp (default), grasp-signed or -magnitude"
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="layer, filter, weight, n:m or block:HxW [at-init: layer, imp: weight]")
+    ] = None,
+    remove: Annotated[int | None, typer.Option(help="at-init: blocks or filters")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="at-init: of weights or tiles")] = None,
+    importance: Annotated[str | None, typer.Option(help="imp: magnitude, l1, l2, softmax, minmax or lamp")] = None,
+    rounds: Annotated[int | None, typer.Option(help="imp: prunings, 10")] = None,
+    rate: Annotated[float | None, typer.Option(help="imp: share of what is left that a round removes, 0.2")] = None,
+    rewind_step: Annotated[int | None, typer.Option(help="imp: step whose state each round starts from, 0")] = None,
+    mode: Annotated[str | None, typer.Option(help="imp: rewind the weights, or only the learning-rate")] = None,
+    control: Annotated[str | None, typer.Option(help="imp: random, shuffle or reinit")] = None,
+    spare: Annotated[list[str] | None, typer.Option(help="imp: a layer that is not pruned; repeatable")] = None,
+    epochs: Annotated[int | None, typer.Option(help="imp: of each round, 4")] = None,
+    lr: Annotated[float | None, typer.Option(help="imp: 0.1")] = None,
+    device: str = "cpu",
+    folder: Annotated[Path | None, typer.Option(help="imp: where the levels are kept [OUT-levels]")] = None,
     aggregate: str = "sum",
-    coupled: Annotated[bool, typer.Option(help="filters: those that go together too")] = True,
+    coupled: Annotated[bool, typer.Option(help="at-init, filters: those that go together too")] = True,
     batch_size: int = 128,
     seed: int = 0,
-    scope: Annotated[str, typer.Option(help="where weights and tiles compete: global, layer or erk")] = "global",
-    steps: Annotated[int | None, typer.Option(help="score and cut this often; 100 for synflow, else 1")] = None,
-    allow_empty: Annotated[bool, typer.Option(help="accept masks that empty a layer")] = False,
-    state: Annotated[Path | None, typer.Option(help="a ticket whose rewind state is scored and kept")] = None,
+    scope: Annotated[
+        str, typer.Option(help="where weights and tiles compete: global, layer or, at-init, erk")
+    ] = "global",
+    steps: Annotated[
+        int | None, typer.Option(help="at-init: score and cut this often; 100 for synflow, else 1")
+    ] = None,
+    allow_empty: Annotated[
+        bool | None, typer.Option(help="accept masks that empty a layer [at-init: no, imp: yes]")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="at-init: a ticket whose rewind state is scored and kept")] = None,
 ) -> None:
-    """Find a ticket at initialisation and save it."""
+    """Find a ticket and save it: at initialisation, or by iterative pruning, which goes on where it was stopped."""
+    at_init_only = {"score": score, "remove": remove, "sparsity": sparsity, "steps": steps}
+    imp_only = {
+        "importance": importance,
+        "rounds": rounds,
+        "rate": rate,
+        "rewind_step": rewind_step,
+        "mode": mode,
+        "control": control,
+        "spare": spare,
+    }
+    imp_only = {name: value for name, value in imp_only.items() if value not in (None, [])}
+    training = {"epochs": epochs, "lr": lr, "folder": folder}
+    with _one_sentence():
+        if method not in ("at-init", "imp"):
+            raise ValueError(f"unknown method {method!r}; known: at-init, imp")
+        foreign = at_init_only | {"state": state} if method == "imp" else imp_only | training
+        for name, value in foreign.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --method {method}")
+        common = {"granularity": granularity, "aggregate": aggregate, "scope": scope}
+        network = {"data": data, "model": model, "size": size, "root": root}
+        schedule = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
+        training = {"batch_size": batch_size, "device": device} | schedule
+        if method == "imp":
+            common["granularity"] = granularity or "weight"
+            if allow_empty is not None:
+                common["allow_empty"] = allow_empty
+            _find_imp(out, folder or out.with_name(f"{out.stem}-levels"), network, training, common | imp_only, seed)
+        else:
+            common["granularity"] = granularity or "layer"
+            options = at_init_only | {"score": score or "grasp", "allow_empty": bool(allow_empty), "coupled": coupled}
+            _find_at_init(out, network, training, common | options, state, seed)
+
+
+def _find_at_init(out: Path, network: dict, training: dict, options: dict, state: Path | None, seed: int) -> None:
     from .compare import Settings, build, first_batch, recipe
     from .data import load
     from .search import at_init
     from .ticket import Ticket
 
-    with _one_sentence():
-        rewound = Ticket.load(state).rewind if state else None
-        if state and rewound is None:
-            raise ValueError(f"{state} has no rewind state to score; find it with rewind=True")
-        settings = Settings(data=data, model=model, size=size, root=root, train=recipe(batch_size=batch_size))
-        images = load(data, root=root, **({"size": size} if data == "digits" else {}))
-        ticket = at_init(
-            build(settings, images, seed),
-            first_batch(settings, images, seed),
-            score=score,
-            granularity=granularity,
-            remove=remove,
-            sparsity=sparsity,
-            aggregate=aggregate,
-            coupled=coupled,
-            seed=seed,
-            scope=scope,
-            steps=steps,
-            allow_empty=allow_empty,
-            state=rewound,
-        )
-        ticket.provenance |= {"data": data, "model": model}
-        ticket.save(out)
-        gone = f", removed {', '.join(ticket.removed_blocks)}" if ticket.layers else ""
-        console.print(f"{out}: sparsity {ticket.sparsity:.2%}{gone}", soft_wrap=True)
+    rewound = Ticket.load(state).rewind if state else None
+    if state and rewound is None:
+        raise ValueError(f"{state} has no rewind state to score; find it with rewind=True")
+    settings = Settings(**network, train=recipe(**training))
+    images = load(settings.data, root=settings.root, **({"size": settings.size} if settings.data == "digits" else {}))
+    images = images.to(settings.train.device)
+    ticket = at_init(
+        build(settings, images, seed), first_batch(settings, images, seed), seed=seed, state=rewound, **options
+    )
+    ticket.provenance |= {"data": settings.data, "model": settings.model}
+    ticket.save(out)
+    gone = f", removed {', '.join(ticket.removed_blocks)}" if ticket.layers else ""
+    console.print(f"{out}: sparsity {ticket.sparsity:.2%}{gone}", soft_wrap=True)
+
+
+def _find_imp(out: Path, folder: Path, network: dict, training: dict, options: dict, seed: int) -> None:
+    from .compare import Settings, recipe
+    from .find import find_imp
+    from .train import Interrupted
+
+    settings = Settings(**network, train=recipe(**training))
+    with _progress_bar() as bar:
+        task = bar.add_task("level 0", total=None)
+        try:
+            search, rows = find_imp(
+                settings,
+                folder,
+                seed=seed,
+                on_progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+                **options,
+            )
+        except Interrupted as stop:
+            bar.stop()
+            errors.print(f"{stop}; go on with the same command", soft_wrap=True)
+            raise typer.Exit(130) from None
+    search.ticket.provenance |= {"data": settings.data, "model": settings.model}
+    search.ticket.save(out)
+    table = Table("level", "sparsity", "accuracy", "seconds after rewinding", "speed-up over level 0")
+    for row in rows:
+        ratio = rows[0]["train_seconds"] / row["train_seconds"]
+        cells = (f"{row['sparsity']:.2%}", f"{row['accuracy']:.2%}", f"{row['train_seconds']:.2f}", f"{ratio:.2f}")
+        table.add_row(str(row["level"]), *cells)
+    console.print(table)
+    console.print(f"{out}: sparsity {search.ticket.sparsity:.2%}; levels in {folder}/", soft_wrap=True)
+
+
+def _progress_bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
 
 
 @app.command()

@@ -7,10 +7,11 @@ through: weights, buffers, optimizer, generators and losses.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from .evaluate import autocast_to, evaluate, laid_out
 from .interrupt import Interrupted, sigint_held
 from .train_config import TrainConfig, learning_rate_factor
 
-__all__ = ["History", "Interrupted", "Progress", "TrainConfig", "evaluate", "train"]
+__all__ = ["History", "Interrupted", "Progress", "TrainConfig", "evaluate", "position", "train"]
 
 
 @dataclass
@@ -60,6 +61,7 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     stop_after: int | None = None,
     extra: dict[str, torch.Tensor] | None = None,
+    start: Mapping | None = None,
 ) -> History:
     """Trains ``model`` in place and returns its history.
 
@@ -75,6 +77,8 @@ def train(
     on_step: called after each optimizer step, its time counted as training. It may change the model or ``extra``.
     stop_after: leave, with a checkpoint, once so many steps are done in all.
     extra: further tensors of the run (masks, say), kept in the checkpoint and on resume copied into in place.
+    start: :func:`position` of another run's checkpoint with the same config: begin there and not at step 0, with its
+        history, data order and generators, and with ``model`` and ``optimizer`` as they are (rewound, say).
 
     Raises Interrupted after Ctrl-C (the step in progress is finished and kept), FloatingPointError when the loss is no
     longer finite, ValueError when the checkpoint belongs to another run, OSError when it cannot be written.
@@ -85,13 +89,22 @@ def train(
     if checkpoint is not None and resume and Path(checkpoint).exists():
         run.restore()
     else:
-        torch.manual_seed(config.seed)
+        if start is None:
+            torch.manual_seed(config.seed)
+        else:
+            run.place(copy.deepcopy(dict(start)))
         run.save()
     try:
         run.go(checkpoint_every, on_step, stop_after)
     except KeyboardInterrupt:
         raise Interrupted(run.keep_on_interrupt()) from None
     return run.history
+
+
+def position(checkpoint: str | Path) -> dict:
+    """Where the run of a checkpoint stands, without its weights and its optimizer: what ``train(start=)`` takes."""
+    tree = checkpoints.load(checkpoint)
+    return {name: tree[name] for name in ("step", "seconds", "history", "losses", "scaler", "augmentation", "rng")}
 
 
 class _Run:
@@ -266,11 +279,15 @@ class _Run:
         weights._metadata = getattr(self.model.state_dict(), "_metadata", None)  # module versions, which torch looks up
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(tree["optimizer"])
-        self.scaler.load_state_dict(tree["scaler"])
         for name, tensor in self.extra.items():
             tensor.copy_(tree["extra"][name])
+        self.place(tree)
+        self.saved_step = self.step
+
+    def place(self, tree):
+        self.scaler.load_state_dict(tree["scaler"])
         self.history = History(**tree["history"])
-        self.step = self.saved_step = tree["step"]
+        self.step = tree["step"]
         self.seconds = tree["seconds"]
         self.losses.copy_(tree["losses"])
         self.augmentation.set_state(tree["augmentation"])

@@ -110,3 +110,69 @@ def test_bad_input_gets_one_sentence_and_code_2(tmp_path, words, message):
     words = ["compare", "--epochs", "1", "--seeds", "1", "--size", "8", "--runs", str(tmp_path), *words]
     result = run(*words, code=2)
     assert message in result.stderr and "Traceback" not in result.output + result.stderr
+
+
+IMP = ("--method", "imp", "--model", "lenet-300-100", "--size", 8, "--epochs", 2, "--batch-size", 512, "--rounds", 2)
+
+
+def test_find_imp_saves_the_last_ticket_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    import torch
+
+    from pysparse_ticket import find
+
+    words = (*IMP, "--rewind-step", 2)
+    out = run("find", tmp_path / "t.safetensors", *words).output
+    ticket = pst.Ticket.load(tmp_path / "t.safetensors")
+    assert "36.00%" in out and round(ticket.sparsity, 3) == 0.36 and ticket.provenance["rewind_step"] == 2
+    (levels,) = (tmp_path / "t-levels").iterdir()
+    rows = [json.loads((levels / f"level-{i:02d}" / "result.json").read_text()) for i in range(3)]
+    assert [round(row["sparsity"], 2) for row in rows] == [0, 0.2, 0.36] and all(0 < r["accuracy"] < 1 for r in rows)
+
+    class Killed(RuntimeError):
+        pass
+
+    def killed(at):
+        def train(*args, **options):
+            done = options.pop("on_step")
+
+            def on_step(progress):
+                done(progress)
+                calls.append(progress.step)
+                if len(calls) in at:
+                    raise Killed
+
+            return original(*args, **options, on_step=on_step, checkpoint_every=1)
+
+        return train
+
+    original, calls = find.train, []
+    with monkeypatch.context() as patch:  # at step 2 of level 0, after it, and in the middle of the levels 1 and 2
+        patch.setattr(find, "train", killed({2, 5, 8, 11, 13}))
+        while True:
+            result = CliRunner().invoke(app, list(map(str, ("find", tmp_path / "again.safetensors", *words))))
+            if result.exit_code == 0:
+                break
+            assert isinstance(result.exception, Killed), result.output + repr(result.exception)
+    again = pst.Ticket.load(tmp_path / "again.safetensors")
+    assert len(calls) > 13 and all(torch.equal(m, again.masks[n]) for n, m in ticket.masks.items())
+    (other,) = (tmp_path / "again-levels").iterdir()
+    for i in range(3):
+        a, b = (load(folder / f"level-{i:02d}" / "trained.safetensors") for folder in (levels, other))
+        assert a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "omp"], "unknown method 'omp'; known: at-init, imp"),
+        ([*IMP, "--score", "snip"], "--score does not go with --method imp"),
+        (["--rounds", "2"], "--rounds does not go with --method at-init"),
+        ([*IMP, "--importance", "zscore"], "unknown importance 'zscore'"),
+        ([*IMP, "--rate", "1.5"], "in (0, 1), not 1.5"),
+        ([*IMP, "--rewind-step", "6"], "rewind_step 6 is not before the last of 6 steps"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_find_refuses_with_one_sentence_and_code_2(tmp_path, words, message):
+    result = run("find", tmp_path / "t.safetensors", *words, code=2)
+    assert message in result.stderr and not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .activation import BLOCK_SCORES
 from .gradient import grasp, grasp_magnitude, grasp_signed, snip, snip_scaled
+from .importance import IMPORTANCES, as_score, layerwise
 from .magnitude import magnitude, prunable, random
 from .synflow import synflow
 
@@ -17,13 +18,16 @@ SCORES = {
     "grasp-magnitude": grasp_magnitude,
     "synflow": synflow,
 }
+SCORES |= {name: as_score(name) for name in IMPORTANCES if name not in SCORES}
 
 __all__ = [
     "BLOCK_SCORES",
+    "IMPORTANCES",
     "SCORES",
     "grasp",
     "grasp_magnitude",
     "grasp_signed",
+    "layerwise",
     "lookup",
     "magnitude",
     "prunable",

@@ -5,5 +5,15 @@ from .at_init import at_init
 from .dynamic import Dynamic, dynamic
 from .elastic import elastic
 from .filter_twin import filter_twin, filters_removed
+from .imp import imp
 
-__all__ = ["Dynamic", "after_training", "at_init", "dynamic", "elastic", "filter_twin", "filters_removed"]
+__all__ = [
+    "Dynamic",
+    "after_training",
+    "at_init",
+    "dynamic",
+    "elastic",
+    "filter_twin",
+    "filters_removed",
+    "imp",
+]

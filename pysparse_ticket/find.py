@@ -1,0 +1,101 @@
+"""Iterative pruning of a named network on a named data set; ``train`` trains each level, with checkpoints inside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import data as datasets
+from . import models
+from .compare import Settings, build, first_batch
+from .files import write_whole
+from .search import imp
+from .search.rounds import Level, Search
+from .train import Progress, position, train
+
+
+class _Place:
+    """Where ``train`` stands, carried by the search, so that it is rewound with the weights."""
+
+    def __init__(self) -> None:
+        self.kept: dict | None = None
+
+    def state_dict(self) -> dict:
+        return {"position": self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.kept = state["position"]
+
+
+def find_imp(
+    settings: Settings,
+    folder: Path,
+    *,
+    seed: int = 0,
+    rewind_step: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+    **options,
+) -> tuple[Search, list[dict]]:
+    """Run :func:`pysparse_ticket.imp` to its end; the search, and a row a level: sparsity, accuracy, training seconds
+    from the rewind step on, which alone differ between levels.
+
+    ``settings`` gives data, model and training; ``options`` go to ``imp``. Called again with the same arguments it goes
+    on at the last checkpoint. Raises ValueError for a rewind step that is not before the last one, and what ``imp``,
+    ``train`` and the data's loader raise.
+    """
+    options_of_data = {"size": settings.size} if settings.data == "digits" else {}
+    data = datasets.load(settings.data, root=settings.root, download=settings.download, **options_of_data)
+    data = data.to(settings.train.device)
+    config = replace(settings.train, seed=seed)
+    steps = config.epochs * -(-len(data.train_labels) // config.batch_size)
+    if rewind_step >= steps:
+        raise ValueError(f"rewind_step {rewind_step} is not before the last of {steps} steps; lower it or train longer")
+    model = build(settings, data, seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+    )
+    if options.get("control") == "reinit":
+        fresh = partial(models.build, settings.model, data.classes, data.shape)
+        options["init"] = lambda twin: twin.load_state_dict(fresh().state_dict())
+    place = _Place()
+    search = imp(
+        model,
+        optimizer,
+        rewind_step=rewind_step,
+        carry=[place],
+        sample=first_batch(settings, data, seed)[0],
+        folder=folder,
+        seed=seed,
+        facts={"data": settings.data, "network": settings.model, "size": data.shape[-1]} | asdict(config),
+        **options,
+    )
+
+    def tick(level: Level, progress: Progress) -> None:
+        on_progress(f"level {level.index} of {search.rounds}, {level.sparsity:.1%}", progress.step, progress.steps)
+
+    for level in search:
+        for done in search.levels:
+            (done.folder / "training.checkpoint").unlink(missing_ok=True)
+        checkpoint = level.folder / "training.checkpoint"
+        go = partial(
+            train, model, data, config, optimizer=optimizer, checkpoint=checkpoint, on_step=partial(tick, level)
+        )
+        if search.rewind is None:
+            go(stop_after=rewind_step)
+            place.kept = position(checkpoint)
+            level.step_done(rewind_step)
+        place.kept = search.rewind["carry"][0]["position"]
+        history = go(start=place.kept)
+        row = {
+            "level": level.index,
+            "sparsity": level.sparsity,
+            "accuracy": history.test_accuracy[-1],
+            "train_seconds": history.seconds[-1] - (place.kept["seconds"] if place.kept else 0.0),
+        }
+        write_whole(level.folder / "result.json", json.dumps(row).encode())
+    return search, [json.loads((level.folder / "result.json").read_text()) for level in search.levels]
