@@ -179,5 +179,5 @@ def test_a_parameter_that_nothing_draws_anew_is_named():
         def forward(self, x):
             return self.net(x) * self.scale
 
-    with pytest.raises(ValueError, match="draws scale anew; pass reinit="):
+    with pytest.raises(ValueError, match="has parameters and no reset_parameters"):
         pst.after_training(Scaled(), batch(), remove=1, reinit=True)

@@ -13,7 +13,7 @@ import pysparse_ticket as pst
 from pysparse_ticket.search.pieces import Schedule
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

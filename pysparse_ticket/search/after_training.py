@@ -16,8 +16,9 @@ from ..scores.activation import bypassed, pairs_of
 from ..scores.gradient import Batch, Loss
 from ..select import check_scores, drop_lowest_blocks
 from ..structure import find_blocks
-from ..ticket import Ticket, clone_state, fingerprint
+from ..ticket import Ticket, fingerprint
 from .at_init import _own_randomness, at_init
+from .controls import fresh_state
 
 
 def after_training(
@@ -155,7 +156,7 @@ def _start(model: nn.Module, rewind, reinit, seed: int) -> dict[str, Tensor] | N
     if reinit:
         if rewind is not None:
             raise ValueError("reinit= starts from random weights, so it takes no rewind=")
-        rewind = _fresh(model, seed, reinit if callable(reinit) else None)
+        rewind = fresh_state(model, seed, reinit if callable(reinit) else None)
     if rewind is None:
         return None
     own = model.state_dict()
@@ -167,22 +168,3 @@ def _start(model: nn.Module, rewind, reinit, seed: int) -> dict[str, Tensor] | N
                 f"the rewind state is not of this network: it holds {theirs} under {name}, the model {ours}"
             )
     return {name: rewind[name].detach().clone() for name in own}
-
-
-def _fresh(model: nn.Module, seed: int, init: Callable[[nn.Module], Any] | None) -> dict[str, Tensor]:
-    twin = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if init is not None:
-            init(twin)
-            return clone_state(twin)
-        for module in twin.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-    fresh, own = twin.state_dict(), model.state_dict()
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and torch.equal(fresh[name], own[name]) and parameter.detach().unique().numel() > 1:
-            raise ValueError(
-                f"no reset_parameters draws {name} anew; pass reinit=, a function that draws the model's weights"
-            )
-    return fresh

@@ -83,7 +83,7 @@ def fresh_state(model: nn.Module, seed: int, init: Callable[[nn.Module], Any] | 
             elif next(module.parameters(recurse=False), None) is not None:
                 raise ValueError(
                     f"{name or 'the model'}, a {type(module).__name__}, has parameters and no reset_parameters(); pass "
-                    "init=, which draws a model's weights in place"
+                    "a function that draws the model's weights in place"
                 )
     return {name: tensor.detach().clone() for name, tensor in twin.state_dict().items()}
 
