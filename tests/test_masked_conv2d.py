@@ -32,6 +32,41 @@ def mask_of(shape, density, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
+def filter_blocks(shape, density, filters=8):
+    """Every ``filters`` neighbouring filters have the same weights."""
+    blocks = mask_of((-(-shape[0] // filters), *shape[1:]), density)
+    return blocks.repeat_interleave(filters, 0)[: shape[0]]
+
+
+def half_full(shape):
+    """Filters that are full, the last of them in the middle of four, then filters of few weights."""
+    mask = mask_of(shape, 0.05)
+    mask[: shape[0] // 2 + 1] = True
+    return mask
+
+
+# rows of four filters that share their pixels, in part or in all groups
+GROUPED = {
+    "blocks of 8 filters": lambda shape: filter_blocks(shape, 0.4),
+    "half full": half_full,
+    "full": lambda shape: torch.ones(shape, dtype=torch.bool),
+}
+GROUPED_SHAPES = {
+    "blocks of channels": (17, 70, 6, 6, 19, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "blocks of rows": (17, 20, 9, 33, 22, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "blocks of rows, stride 2": (17, 20, 17, 33, 21, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "1x1": (20, 9, 5, 4, 17, (1, 1), (1, 1), (0, 0), (1, 1)),
+}
+
+
+def make_grouped(shape, mask):
+    n, c, h, w, o, kernel, *geometry = GROUPED_SHAPES[shape]
+    g = torch.Generator().manual_seed(0)
+    pattern = Pattern.from_mask(GROUPED[mask]((o, c, *kernel)))
+    x, bias = torch.randn(n, c, h, w, generator=g), torch.randn(o, generator=g)
+    return x, torch.randn(pattern.nnz, generator=g), bias, pattern, geometry
+
+
 def make(shape, density=0.3, seed=0):
     n, c, h, w, o, kernel, *geometry = SHAPES[shape] if isinstance(shape, str) else shape
     g = torch.Generator().manual_seed(seed)
@@ -104,6 +139,26 @@ def test_densities(shape, density, layout, isa, poison):
     check(*make(shape, density), layout=layout)
 
 
+@pytest.mark.parametrize("mask", GROUPED)
+@pytest.mark.parametrize("shape", GROUPED_SHAPES)
+def test_filters_that_share_columns(shape, mask, layout, isa, poison):
+    check(*make_grouped(shape, mask), layout=layout)
+
+
+@pytest.mark.parametrize("mask", GROUPED)
+@pytest.mark.parametrize("shape", ["blocks of channels", "blocks of rows, stride 2"])
+def test_filters_that_share_columns_on_threads(shape, mask, threads, poison):
+    """Two tiles on three threads: each takes some of the filters of both."""
+    check(*make_grouped(shape, mask), layout="tiles")
+
+
+def test_values_of_a_later_call():
+    """Plans are kept from call to call, values are not."""
+    x, values, bias, pattern, geometry = make_grouped("1x1", "full")
+    for scale in (1.0, 2.0):
+        check(x, values * scale, bias, pattern, geometry, layout="tiles")
+
+
 def test_empty_row_and_column(layout):
     x, _, bias, pattern, geometry = make("3x3")
     mask = pattern.mask()
@@ -170,9 +225,8 @@ def test_reference_takes_double_and_is_differentiable():
     torch.testing.assert_close(masked_conv2d(*tensors, pattern, *geometry), want)
 
 
-def check_bfloat16(shape, layout):
+def check_bfloat16(x, values, bias, pattern, geometry, layout):
     """One rounding to 8 bits of a float32 result; the output gradient that comes in is rounded on both sides."""
-    x, values, bias, pattern, geometry = make(shape)
     x = x.bfloat16().requires_grad_()
     values.requires_grad_()
     bias.requires_grad_()
@@ -188,11 +242,46 @@ def check_bfloat16(shape, layout):
     torch.testing.assert_close(x.grad.float(), oracle[0].grad, rtol=2**-8, atol=1e-4)
     close(values.grad, oracle[1].grad.double(), x.shape[0] * y.shape[2] * y.shape[3], "values gradient")
     close(bias.grad, oracle[2].grad.double(), x.shape[0] * y.shape[2] * y.shape[3], "bias gradient")
+    return y, x.grad
 
 
 @pytest.mark.parametrize("shape", ["many channels", "3x3 stride 2", "stride 3x2", "1x1", "8x8 two tiles"])
 def test_bfloat16_accumulates_in_float32(shape, layout, isa, poison):
-    check_bfloat16(shape, layout)
+    check_bfloat16(*make(shape), layout)
+
+
+@pytest.mark.parametrize("shape", ["3x3", "3x3 stride 2", "1x1"])
+def test_bfloat16_channels_last(shape, layout, isa, poison):
+    x, *rest = make(shape)
+    y, grad = check_bfloat16(x.to(memory_format=torch.channels_last), *rest, layout)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("mask", GROUPED)
+def test_bfloat16_of_filters_that_share_columns(mask, layout, poison):
+    check_bfloat16(*make_grouped("blocks of rows, stride 2", mask), layout)
+
+
+def test_bfloat16_special_numbers(layout, isa):
+    """Infinities and NaN pass, what is between two bfloat16 goes to the even one."""
+    numbers = torch.tensor(
+        [float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -0.0, 2.0**-130]
+    )
+    x = torch.ones(17, 1, 1, 1).bfloat16()
+    pattern = Pattern.from_mask(torch.ones(len(numbers), 1, 1, 1, dtype=torch.bool))
+    y = masked_conv2d(x, numbers, None, pattern, layout=layout)
+    assert torch.equal(y.flatten(1).nan_to_num(nan=7.0), numbers.bfloat16().expand(17, -1).nan_to_num(nan=7.0))
+    assert y[:, 2].isnan().all()
+
+
+def test_bfloat16_is_never_widened_whole(layout):
+    x, values, bias, pattern, geometry = make("3x3")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.numel())) or t, lambda t: t):
+        masked_conv2d(x.bfloat16(), values.requires_grad_(), bias, pattern, *geometry, layout=layout)
+    assert (torch.bfloat16, x.numel()) in saved
+    assert (torch.float32, x.numel()) not in saved
 
 
 @pytest.mark.parametrize("size", [(1, 9, 7), (3, 8, 8), (3, 5, 17)], ids=["1 of 9x7", "3 of 8x8", "3 of 5x17"])
@@ -242,10 +331,11 @@ def test_backend_by_name():
 
 @pytest.mark.parametrize("shape", ["3x3", "stride 3x2"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_opcheck(shape, memory, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(shape, memory, dtype, layout):
     x, values, bias, pattern, geometry = make(shape)
     pixels = layout == "pixels"
-    args = [x.to(memory_format=memory).requires_grad_(), values.requires_grad_(), bias.requires_grad_()]
+    args = [x.to(dtype, memory_format=memory).requires_grad_(), values.requires_grad_(), bias.requires_grad_()]
     forward = (*args, *pattern.tensors, pattern.shape[2:], *geometry, pixels)
     torch.library.opcheck(torch.ops.pysparse_ticket.masked_conv2d, forward)
     y = torch.ops.pysparse_ticket.masked_conv2d(*forward)

@@ -195,7 +195,7 @@ ConvWalks ConvWalks::forward(const ConvShape& s, const Rows& rows, const float* 
   w.plans_ = find_plans(Key(0, s, x, y), rows, s.o, nullptr, [&] {
     auto plans = std::make_shared<std::vector<ConvPlan>>(1);
     ConvPlan& plan = plans->front();
-    plan.walk = forward_walk(s, rows, nullptr, x, y);
+    plan.walk = forward_walk(s, rows, x, y);
     plan.outputs = s.o;
     const auto [r, q] = register_block(plan.walk);
     plan_groups(plan, s.c, ((r - 1) * s.sh + (s.kh - 1) * s.dh + 1) * ((q - 1) * s.sw + (s.kw - 1) * s.dw + 1));
@@ -213,7 +213,7 @@ ConvWalks ConvWalks::input_grad(const ConvShape& s, const Rows& rows, const int3
   ConvWalks w;
   w.plans_ = find_plans(Key(1, s, x, y), rows, s.c, perm, [&] {
     auto plans = std::make_shared<std::vector<ConvPlan>>();
-    for (Walk& walk : input_grad_walks(s, rows, perm, nullptr, x, y)) {
+    for (Walk& walk : input_grad_walks(s, rows, perm, x, y)) {
       ConvPlan& plan = plans->emplace_back();
       plan.walk = std::move(walk);
       plan.outputs = s.c;
@@ -251,6 +251,8 @@ void ConvWalks::rows(int64_t i, RowsArgs a) const {
   }
 }
 
+static int64_t group_begin(int64_t output) { return (output + kGroup - 1) / kGroup * kGroup; }
+
 // values of the groups of outputs [out0, out1)
 static int64_t group_values(const Groups& g, int64_t out0, int64_t out1) {
   int64_t total = 0;
@@ -270,8 +272,8 @@ int64_t ConvWalks::grad_scratch() const {
   return most * (kLanes + 1);
 }
 
-void ConvWalks::weight_grad(const float* x_tile, const float* grad_tile, const Plane& y, int64_t row0, int64_t row1,
-                            float* scratch, float* grad) const {
+void ConvWalks::weight_grad(const float* x_tile, const float* grad_tile, const Plane& y, int64_t out0, int64_t out1, int64_t row0,
+                            int64_t row1, float* scratch, float* grad) const {
   const ConvPlan& plan = plans_->front();
   const Groups& groups = plan.groups;
   RowsArgs a = args(0, x_tile, const_cast<float*>(grad_tile), y.floats(), nullptr);
@@ -282,13 +284,15 @@ void ConvWalks::weight_grad(const float* x_tile, const float* grad_tile, const P
   float* sums = scratch + room * kLanes;
   for (const Run& run : plan.grad_runs) {
     if (!run.grouped) {
-      weight_grad_rows(plan.walk, a, run.out0, run.out1, kAccEntries, scratch, grad);
+      weight_grad_rows(plan.walk, a, std::max(out0, run.out0), std::min(out1, run.out1), kAccEntries, scratch, grad);
       continue;
     }
-    for (int64_t o = run.out0; o < run.out1;) {
-      int64_t next = std::min(o + kGroup, run.out1), count = group_values(groups, o, next);
-      while (next < run.out1) {
-        const int64_t further = std::min(next + kGroup, run.out1), more = group_values(groups, o, further);
+    // a group goes to the range that has its first output
+    const int64_t first = std::max(group_begin(out0), run.out0), last = std::min(group_begin(out1), run.out1);
+    for (int64_t o = first; o < last;) {
+      int64_t next = std::min(o + kGroup, last), count = group_values(groups, o, next);
+      while (next < last) {
+        const int64_t further = std::min(next + kGroup, last), more = group_values(groups, o, further);
         if (more > room) break;
         next = further;
         count = more;

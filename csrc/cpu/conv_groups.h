@@ -46,9 +46,10 @@ class ConvWalks {
 
   // floats of scratch that weight_grad wants
   int64_t grad_scratch() const;
-  // plan 0: adds one tile's products over output rows [row0, row1) to grad, one number a value
-  void weight_grad(const float* x_tile, const float* grad_tile, const Plane& grad_plane, int64_t row0, int64_t row1,
-                   float* scratch, float* grad) const;
+  // plan 0: adds one tile's products at outputs [out0, out1), over output rows [row0, row1), to grad, one number a value;
+  // ranges of outputs that follow one another do all of their products once
+  void weight_grad(const float* x_tile, const float* grad_tile, const Plane& grad_plane, int64_t out0, int64_t out1, int64_t row0,
+                   int64_t row1, float* scratch, float* grad) const;
 
  private:
   std::shared_ptr<const std::vector<ConvPlan>> plans_;

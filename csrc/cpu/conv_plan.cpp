@@ -1,5 +1,7 @@
 #include "cpu/conv_plan.h"
 
+#include "cpu/half.h"
+
 namespace pst {
 
 // lines of 64 bytes that a register block may read before the next block evicts them: 36 KB of a 48 KB L1
@@ -61,11 +63,10 @@ static void block_channels(Walk& w, int64_t outputs, int64_t channels, int64_t l
   }
 }
 
-Walk forward_walk(const ConvShape& s, const Rows& rows, const float* values, const Plane& x, const Plane& y) {
+Walk forward_walk(const ConvShape& s, const Rows& rows, const Plane& x, const Plane& y) {
   Walk w;
   const int64_t taps = s.kh * s.kw, nnz = rows.ptr[s.o];
   w.off.resize(nnz);
-  if (values) w.val.assign(values, values + nnz);
   w.source.resize(nnz);
   w.row_begin.assign(rows.ptr, rows.ptr + s.o + 1);
   w.channel.resize(nnz);
@@ -91,8 +92,8 @@ Walk forward_walk(const ConvShape& s, const Rows& rows, const float* values, con
   return w;
 }
 
-std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const int32_t* perm, const float* values,
-                                   const Plane& x, const Plane& y) {
+std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const int32_t* perm, const Plane& x,
+                                   const Plane& y) {
   const int64_t taps = s.kh * s.kw, nnz = rows.ptr[s.c];
   std::vector<Walk> walks(s.sh * s.sw);
   std::vector<int32_t> tap_walk(taps), tap_off(taps);
@@ -112,7 +113,6 @@ std::vector<Walk> input_grad_walks(const ConvShape& s, const Rows& rows, const i
       w.channel.push_back(int32_t(o));
       w.off.push_back(int32_t(o * y.floats() + tap_off[t]));
       w.source.push_back(perm[k]);
-      if (values) w.val.push_back(values[perm[k]]);
     }
     for (Walk& w : walks) w.row_begin.push_back(int32_t(w.off.size()));
   }
@@ -154,7 +154,6 @@ RowsArgs rows_args(const Walk& w, const float* x, float* y, int64_t outputs, int
   a.blocks = w.blocks;
   a.seg = w.seg.data();
   a.off = w.off.data();
-  a.val = w.val.data();
   a.bias = bias;
   return a;
 }
@@ -183,14 +182,6 @@ void weight_grad_rows(const Walk& w, RowsArgs a, int64_t out0, int64_t out1, int
   }
 }
 
-void weight_grad_rows(const Walk& w, const float* x_tile, const float* grad_tile, const ConvShape& s, const Plane& y, int64_t out0,
-                      int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad) {
-  RowsArgs a = rows_args(w, x_tile, const_cast<float*>(grad_tile), s.o, y.floats(), nullptr);
-  a.row0 = int(row0);
-  a.row1 = int(row1);
-  weight_grad_rows(w, a, out0, out1, entries, acc, grad);
-}
-
 void sum_parts(const float* parts, int64_t count, int64_t size, float* out) {
   for (int64_t k = 0; k < size; ++k) {
     float sum = 0;
@@ -210,44 +201,44 @@ void clear_halo(float* plane, const Plane& p) {
   clear(inside + (p.h - 1) * row + p.w * kLanes, p.right * kLanes + p.bottom * row);
 }
 
-Image::Image(int64_t n, int64_t c, const Plane& plane, bool channels_last)
-    : n_(n), c_(c), plane_(plane), last_(channels_last), pixel_(plane.h * plane.w), channel_(channels_last ? c : 0) {
+Image::Image(int64_t n, int64_t c, const Plane& plane, bool channels_last, bool half)
+    : n_(n), c_(c), plane_(plane), last_(channels_last), half_(half), pixel_(plane.h * plane.w), channel_(channels_last ? c : 0) {
   for (int64_t i = 0; i < plane.h * plane.w; ++i)
     pixel_[i] = int32_t((i / plane.w * plane.wp() + i % plane.w) * kLanes);
   for (int64_t i = 0; i < int64_t(channel_.size()); ++i) channel_[i] = int32_t(i * plane.floats());
 }
 
-void Image::pack(const float* src, int64_t tile, float* dst, int64_t c0, int64_t c1) const {
+void Image::pack(const void* src, int64_t tile, float* dst, int64_t c0, int64_t c1) const {
   const TileKernels& kernels = tile_kernels();
-  const int64_t hw = plane_.h * plane_.w, stride = c_ * hw;
+  const int64_t hw = plane_.h * plane_.w, stride = c_ * hw, first = tile * kLanes * stride;
   const int lanes = int(std::min<int64_t>(kLanes, n_ - tile * kLanes));
-  src += tile * kLanes * stride;
   for (int64_t c = c0; c < c1; ++c) {
     clear_halo(dst + c * plane_.floats(), plane_);
     if (!last_)
-      kernels.pack(src + c * hw, stride, lanes, dst + c * plane_.floats() + plane_.origin(), pixel_.data(), hw);
+      kernels.pack(bytes_at(src, half_, first + c * hw), half_, stride, lanes, dst + c * plane_.floats() + plane_.origin(),
+                   pixel_.data(), hw);
   }
   if (last_)
     for (int64_t i = 0; i < hw; ++i)
-      kernels.pack(src + i * c_ + c0, stride, lanes, dst + c0 * plane_.floats() + plane_.origin() + pixel_[i],
-                   channel_.data(), c1 - c0);
+      kernels.pack(bytes_at(src, half_, first + i * c_ + c0), half_, stride, lanes,
+                   dst + c0 * plane_.floats() + plane_.origin() + pixel_[i], channel_.data(), c1 - c0);
 }
 
-void Image::unpack(const float* src, int64_t src_plane, int64_t src_row, float* dst, int64_t tile, int64_t r0, int64_t r1) const {
+void Image::unpack(const float* src, int64_t src_plane, int64_t src_row, void* dst, int64_t tile, int64_t r0, int64_t r1) const {
   const TileKernels& kernels = tile_kernels();
-  const int64_t hw = plane_.h * plane_.w, stride = c_ * hw, pixels = (r1 - r0) * plane_.w;
+  const int64_t hw = plane_.h * plane_.w, stride = c_ * hw, pixels = (r1 - r0) * plane_.w, first = tile * kLanes * stride;
   const int lanes = int(std::min<int64_t>(kLanes, n_ - tile * kLanes));
-  dst += tile * kLanes * stride;
   std::vector<int32_t> table(last_ ? c_ : pixels);
   for (int64_t i = 0; i < int64_t(table.size()); ++i)
     table[i] = int32_t(last_ ? i * src_plane : i / plane_.w * src_row + i % plane_.w * kLanes);
   if (last_) {
     for (int64_t i = 0; i < pixels; ++i)
-      kernels.unpack(src + i / plane_.w * src_row + i % plane_.w * kLanes, table.data(), dst + (r0 * plane_.w + i) * c_,
-                     stride, lanes, c_);
+      kernels.unpack(src + i / plane_.w * src_row + i % plane_.w * kLanes, table.data(),
+                     bytes_at(dst, half_, first + (r0 * plane_.w + i) * c_), half_, stride, lanes, c_);
   } else {
     for (int64_t c = 0; c < c_; ++c)
-      kernels.unpack(src + c * src_plane, table.data(), dst + c * hw + r0 * plane_.w, stride, lanes, pixels);
+      kernels.unpack(src + c * src_plane, table.data(), bytes_at(dst, half_, first + c * hw + r0 * plane_.w), half_, stride, lanes,
+                     pixels);
   }
 }
 

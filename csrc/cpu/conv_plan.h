@@ -42,7 +42,6 @@ struct Rows {
 // One walk over output pixels with its entries: all of forward, or one phase of a strided input gradient
 struct Walk {
   std::vector<int32_t> off, seg;
-  std::vector<float> val;
   std::vector<int32_t> source, channel;  // per entry: where its value sits; the channel that it reads
   std::vector<int32_t> row_begin;  // first entry of each output
   int blocks = 1;
@@ -52,21 +51,19 @@ struct Walk {
   int64_t row_step = 1;                   // image rows from one walk row to the next
 };
 
-// y = conv(x): reads `x`, writes `y`. Without values `val` stays empty
-Walk forward_walk(const ConvShape&, const Rows&, const float* values, const Plane& x, const Plane& y);
+// y = conv(x): reads `x`, writes `y`
+Walk forward_walk(const ConvShape&, const Rows&, const Plane& x, const Plane& y);
 // dx: reads the output gradient in `y`, writes `x`; stride_h * stride_w walks
-std::vector<Walk> input_grad_walks(const ConvShape&, const Rows& transposed, const int32_t* perm, const float* values,
-                                   const Plane& x, const Plane& y);
+std::vector<Walk> input_grad_walks(const ConvShape&, const Rows& transposed, const int32_t* perm, const Plane& x,
+                                   const Plane& y);
 
+// all but the values
 RowsArgs rows_args(const Walk&, const float* x, float* y, int64_t outputs, int64_t y_plane, const float* bias);
 
-// Adds one tile's products at the entries of outputs [out0, out1), over output rows [row0, row1), to grad; acc holds 16 partial sums for `entries`
-// entries, or for the longest row
 constexpr int64_t kAccEntries = 4096;  // 256 KB of a 2 MB L2
 int64_t longest_row(const Walk&, int64_t outputs);
-void weight_grad_rows(const Walk&, const float* x_tile, const float* grad_tile, const ConvShape&, const Plane& grad_plane,
-                      int64_t out0, int64_t out1, int64_t row0, int64_t row1, int64_t entries, float* acc, float* grad);
-// the same with x, y and rows as args say
+// Adds one tile's products at the entries of outputs [out0, out1), with x, y and rows as args say, to grad; acc holds 16 partial
+// sums for `entries` entries, or for the longest row
 void weight_grad_rows(const Walk&, RowsArgs args, int64_t out0, int64_t out1, int64_t entries, float* acc, float* grad);
 void sum_parts(const float* parts, int64_t count, int64_t size, float* out);
 
@@ -87,18 +84,18 @@ class Scratch {
 // zeros in the halo of one plane
 void clear_halo(float* plane, const Plane&);
 
-// An ordinary [N, C, H, W] tensor, contiguous or channels_last, beside its tiles
+// An ordinary [N, C, H, W] tensor, contiguous or channels_last, of floats or, if `half`, bfloat16, beside its tiles of floats
 class Image {
  public:
-  Image(int64_t n, int64_t c, const Plane& plane, bool channels_last);
+  Image(int64_t n, int64_t c, const Plane& plane, bool channels_last, bool half);
   // channels [c0, c1) of one tile; rows [r0, r1) for unpack, whose planes start at row r0
-  void pack(const float* src, int64_t tile, float* dst, int64_t c0, int64_t c1) const;
-  void unpack(const float* src, int64_t src_plane, int64_t src_row, float* dst, int64_t tile, int64_t r0, int64_t r1) const;
+  void pack(const void* src, int64_t tile, float* dst, int64_t c0, int64_t c1) const;
+  void unpack(const float* src, int64_t src_plane, int64_t src_row, void* dst, int64_t tile, int64_t r0, int64_t r1) const;
 
  private:
   int64_t n_, c_;
   Plane plane_;
-  bool last_;
+  bool last_, half_;
   std::vector<int32_t> pixel_, channel_;
 };
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/conv_plan.h"
+#include "cpu/conv_groups.h"
 #include "cpu/kept.h"
 #include "cpu/parallel.h"
 #include "cpu/pixel_conv2d.h"
@@ -57,13 +57,12 @@ Tensor masked_conv2d(const Tensor& x_in, const Tensor& values, const std::option
   const bool whole = tiles % threads == 0 || tiles >= 4 * threads;  // a thread runs whole tiles
   float* const tile_base = kept<Use::planes>((whole ? threads : tiles) * tile_floats);
 
-  const Walk walk = forward_walk(s, rows, values.const_data_ptr<float>(), plane, out_plane);
-  const Image in(s.n, s.c, plane, last), out(s.n, s.o, {oh, ow, 0, 0, 0, 0}, last);
+  const ConvWalks walk = ConvWalks::forward(s, rows, values.const_data_ptr<float>(), plane, out_plane);
+  const Image in(s.n, s.c, plane, last, is_half(x)), out(s.n, s.o, {oh, ow, 0, 0, 0, 0}, last, is_half(x));
   float* const scratch = kept<Use::outputs>(threads * s.o * out_plane.floats());
-  const float* src = x.const_data_ptr<float>();
-  float* dst = y.mutable_data_ptr<float>();
-  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
-  const TileKernels& kernels = tile_kernels();
+  const void* src = x.const_data_ptr();
+  void* dst = y.mutable_data_ptr();
+  const float* bias_data = data_or_null(bias);
 
   if (!whole) {
     const int64_t groups = (s.c + kLanes - 1) / kLanes;
@@ -80,11 +79,11 @@ Tensor masked_conv2d(const Tensor& x_in, const Tensor& values, const std::option
       const int64_t t = i / blocks, r0 = i % blocks * block, r1 = std::min(oh, r0 + block);
       float* tile = tile_base + (whole ? thread : t) * tile_floats;
       if (whole && r0 == 0) in.pack(src, t, tile, 0, s.c);
-      RowsArgs a = rows_args(walk, tile, buffer, s.o, out_plane.floats(), bias_data);
+      RowsArgs a = walk.args(0, tile, buffer, out_plane.floats(), bias_data);
       a.y -= r0 * a.y_row;
       a.row0 = int(r0);
       a.row1 = int(r1);
-      kernels.rows(a);
+      walk.rows(0, a);
       out.unpack(buffer, out_plane.floats(), out_plane.row(), dst, t, r0, r1);
     }
   }, whole ? blocks : 1);
@@ -92,16 +91,17 @@ Tensor masked_conv2d(const Tensor& x_in, const Tensor& values, const std::option
 }
 
 // rows of padded input [q0, q1): every phase writes its rows of the block
-static void input_grad_rows(const std::vector<Walk>& walks, const ConvShape& s, const float* grad_tile, float* buffer,
-                            const Plane& block_plane, int64_t r0, int64_t r1) {
-  for (const Walk& w : walks) {
+static void input_grad_rows(const ConvWalks& walks, const float* grad_tile, float* buffer, const Plane& block_plane, int64_t r0,
+                            int64_t r1) {
+  for (int64_t i = 0; i < walks.size(); ++i) {
+    const Walk& w = walks.walk(i);
     if (!w.rows || !w.cols) continue;
-    RowsArgs a = rows_args(w, grad_tile, buffer, s.c, block_plane.floats(), nullptr);
+    RowsArgs a = walks.args(i, grad_tile, buffer, block_plane.floats(), nullptr);
     a.y -= r0 * block_plane.row();
     // walk row u is image row first + u * row_step
     a.row0 = int(std::max<int64_t>(0, (r0 - w.first + w.row_step - 1) / w.row_step));
     a.row1 = int(std::min(w.rows, std::max<int64_t>(0, (r1 - w.first + w.row_step - 1) / w.row_step)));
-    if (a.row0 < a.row1) tile_kernels().rows(a);
+    if (a.row0 < a.row1) walks.rows(i, a);
   }
 }
 
@@ -133,36 +133,35 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const s
   const int64_t block = rows_at_once(s.h, s.w, s.c), blocks = s.h ? (s.h + block - 1) / block : 0;
   const Plane block_plane{block, s.w, 0, 0, 0, 0};
 
-  Tensor dx = need_input ? new_image(grad, s.n, s.c, s.h, s.w, input_channels_last) : new_floats(grad, {0});
+  Tensor dx = need_input ? new_image(grad, s.n, s.c, s.h, s.w, input_channels_last) : torch::stable::new_empty(grad, {0});
   const bool whole = tiles % threads == 0 || tiles >= 4 * threads;
   float* const grads = kept<Use::grads>((whole ? threads : tiles) * y_floats);
   float* const inputs = kept<Use::planes>(need_values ? (whole ? threads : tiles) * x_floats : 0);
   float* const buffers = kept<Use::outputs>(need_input ? threads * s.c * block_plane.floats() : 0);
 
   const float* value_data = values.const_data_ptr<float>();
-  std::vector<Walk> input_walks;
+  ConvWalks input_walks, walk;
   if (need_input)
-    input_walks = input_grad_walks(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, block_plane, y_plane);
-  Walk walk;
-  int64_t acc_entries = kAccEntries;
+    input_walks = ConvWalks::input_grad(s, transposed, t_perm.const_data_ptr<int32_t>(), value_data, block_plane, y_plane);
+  int64_t scratch = 0;
   if (need_values) {
-    walk = forward_walk(s, rows, value_data, x_plane, y_plane);
-    acc_entries = std::max(acc_entries, longest_row(walk, s.o));
+    walk = ConvWalks::forward(s, rows, value_data, x_plane, y_plane);
+    scratch = walk.grad_scratch();
   }
-  float* const accs = kept<Use::sums>(need_values ? threads * acc_entries * kLanes : 0);
+  float* const accs = kept<Use::sums>(threads * scratch);
   float* const partial = kept<Use::shared>(need_values ? threads * nnz : 0);
   if (need_values) std::memset(partial, 0, threads * nnz * sizeof(float));
 
-  const Image out(s.n, s.o, y_plane, last), in(s.n, s.c, {s.h, s.w, 0, 0, 0, 0}, input_channels_last);
-  const Image input(s.n, s.c, x_plane, x_last);
-  const float* src = grad.const_data_ptr<float>();
-  const float* x_data = x.const_data_ptr<float>();
-  float* dst = need_input ? dx.mutable_data_ptr<float>() : nullptr;
+  const bool half = is_half(grad);
+  const Image out(s.n, s.o, y_plane, last, half), in(s.n, s.c, {s.h, s.w, 0, 0, 0, 0}, input_channels_last, half);
+  const Image input(s.n, s.c, x_plane, x_last, is_half(x));
+  const void *src = grad.const_data_ptr(), *x_data = x.const_data_ptr();
+  void* dst = dx.mutable_data_ptr();
 
   const auto input_block = [&](int64_t thread, int64_t t, const float* grad_tile, int64_t b) {
     float* buffer = buffers + thread * s.c * block_plane.floats();
     const int64_t r0 = b * block, r1 = std::min(s.h, r0 + block);
-    input_grad_rows(input_walks, s, grad_tile, buffer, block_plane, r0, r1);
+    input_grad_rows(input_walks, grad_tile, buffer, block_plane, r0, r1);
     in.unpack(buffer, block_plane.floats(), block_plane.row(), dst, t, r0, r1);
   };
 
@@ -176,8 +175,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const s
         if (!need_values) continue;
         float* x_tile = inputs + thread * x_floats;
         input.pack(x_data, t, x_tile, 0, s.c);
-        weight_grad_rows(walk, x_tile, tile, s, y_plane, 0, s.o, 0, s.oh(), kAccEntries, accs + thread * acc_entries * kLanes,
-                           partial + thread * nnz);
+        walk.weight_grad(x_tile, tile, y_plane, 0, s.o, 0, oh, accs + thread * scratch, partial + thread * nnz);
       }
     });
   } else {
@@ -207,8 +205,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_backward(const Tensor& grad_in, const s
           const int64_t out0 = std::lower_bound(ptr, ptr + s.o + 1, nnz * part / threads) - ptr;
           const int64_t out1 = std::lower_bound(ptr, ptr + s.o + 1, nnz * (part + 1) / threads) - ptr;
           for (int64_t t = 0; t < tiles; ++t)
-            weight_grad_rows(walk, inputs + t * x_floats, grads + t * y_floats, s, y_plane, out0, std::min(s.o, out1), 0, s.oh(), kAccEntries,
-                             accs + thread * acc_entries * kLanes, partial + part * nnz);
+            walk.weight_grad(inputs + t * x_floats, grads + t * y_floats, y_plane, out0, std::min(s.o, out1), 0, oh,
+                             accs + thread * scratch, partial + part * nnz);
         }
       });
   }

@@ -1,5 +1,6 @@
 #include "cpu/pixel_conv2d.h"
 
+#include "cpu/half.h"
 #include "cpu/kept.h"
 #include "cpu/parallel.h"
 #include "cpu/pixel_plan.h"
@@ -16,24 +17,11 @@ struct Item {
 };
 }  // namespace
 
-static bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
-
-static Tensor new_like(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
-  const std::vector<int64_t> size{n, c, h, w};
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 static Tensor as_channels_last(const Tensor& t) {
-  Tensor out = new_like(t, t.size(0), t.size(1), t.size(2), t.size(3), true);
+  Tensor out = new_image(t, t.size(0), t.size(1), t.size(2), t.size(3), true);
   torch::stable::copy_(out, t);
   return out;
 }
-
-static const void* bytes_at(const void* p, bool half, int64_t element) {
-  return static_cast<const char*>(p) + element * (half ? 2 : 4);
-}
-static void* bytes_at(void* p, bool half, int64_t element) { return static_cast<char*>(p) + element * (half ? 2 : 4); }
 
 // the planes of an item: packed unless this thread's last item had the same, or the tensor itself
 static const float* planes_of(const PixelPlan& p, const Item& item, int64_t& packed, const void* src, bool half, float* buffer) {
@@ -142,7 +130,7 @@ Tensor pixel_conv2d(const Tensor& x_in, const ConvShape& s, const Rows& rows, co
   const int64_t threads = num_threads();
   forward_plan(plan, s, rows, values, is_half(x), threads);
   check_range(plan);
-  Tensor y = new_like(x, s.n, s.o, s.oh(), s.ow(), false);
+  Tensor y = new_image(x, s.n, s.o, s.oh(), s.ow(), false);
   run(plan, x.const_data_ptr(), y.mutable_data_ptr(), is_half(x), bias, threads);
   return channels_last(x_in) ? as_channels_last(y) : y;
 }
@@ -154,7 +142,7 @@ Tensor pixel_conv2d_input_grad(const Tensor& grad_in, const ConvShape& s, const 
   const int64_t threads = num_threads();
   input_grad_plan(plan, s, transposed, perm, values, is_half(grad), threads);
   check_range(plan);
-  Tensor dx = new_like(grad, s.n, s.c, s.h, s.w, false);
+  Tensor dx = new_image(grad, s.n, s.c, s.h, s.w, false);
   run(plan, grad.const_data_ptr(), dx.mutable_data_ptr(), is_half(grad), nullptr, threads);
   return channels_last ? as_channels_last(dx) : dx;
 }

@@ -16,9 +16,12 @@ inline Tensor new_floats(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
+inline bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+
+// of the same type
 inline Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
   const std::vector<int64_t> size{n, c, h, w};
-  return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt,
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 

@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_conv2d_backward(
           }
         }
         if (need_values)
-          walk.weight_grad(in + t * x_floats, tile, g_plane, 0, oh, accs.get() + thread * scratch,
+          walk.weight_grad(in + t * x_floats, tile, g_plane, 0, s.o, 0, oh, accs.get() + thread * scratch,
                            partial.get() + thread * nnz);
       }
     });
@@ -225,7 +225,7 @@ Tensor tile_pack(const Tensor& x_in, int64_t halo) {
   const int64_t n = x.size(0), c = x.size(1), tiles = (n + kLanes - 1) / kLanes;
   const Plane plane{x.size(2), x.size(3), halo, halo, halo, halo};
   Tensor out = new_tiles(x, {tiles, c, plane.hp(), plane.wp(), kLanes});
-  const Image image(n, c, plane, last);
+  const Image image(n, c, plane, last, false);
   const int64_t groups = (c + kLanes - 1) / kLanes;
   const float* src = x.const_data_ptr<float>();
   float* dst = out.mutable_data_ptr<float>();
@@ -242,7 +242,7 @@ Tensor tile_unpack(const Tensor& t, int64_t n, int64_t halo, bool last) {
   const Plane plane = plane_of(t, halo);
   const int64_t c = t.size(1);
   Tensor out = new_image(t, n, c, plane.h, plane.w, last);
-  const Image image(n, c, {plane.h, plane.w, 0, 0, 0, 0}, last);
+  const Image image(n, c, {plane.h, plane.w, 0, 0, 0, 0}, last, false);
   const float* src = t.const_data_ptr<float>();
   float* dst = out.mutable_data_ptr<float>();
   parallel_ranges(t.size(0), num_threads(), [&](int64_t, int64_t begin, int64_t end) {

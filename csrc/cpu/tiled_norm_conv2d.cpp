@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tiled_norm_conv2d_backward(
             images->move(band.image.lo, band.image.hi, [&](int64_t c, int64_t r0, int64_t r1, float* at) {
               input.rows(t, c, r0, r1, at, z_plane.row(), nullptr);
             });
-          walk.weight_grad(images ? images->image() : stored + t * x_floats, grads.image(), g_plane, band.grad.out0,
+          walk.weight_grad(images ? images->image() : stored + t * x_floats, grads.image(), g_plane, 0, s.o, band.grad.out0,
                            band.grad.out1, accs.get() + thread * room, partial.get() + thread * nnz);
         }
         for (int64_t i = 0; need_x && i < input_walks.size(); ++i) {

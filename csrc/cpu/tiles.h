@@ -67,9 +67,10 @@ struct TileKernels {
   void (*weight_grad)(const RowsArgs&);
   // out[k] += sum over the 16 lanes of acc[k]
   void (*reduce)(const float* acc, float* out, int64_t count);
-  // src: `lanes` samples, sample_stride apart, `count` consecutive floats each; element j goes to the line dst + table[j]
-  void (*pack)(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count);
-  void (*unpack)(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count);
+  // src: `lanes` samples, sample_stride apart, `count` consecutive elements each, bfloat16 if `half`, else float; element j
+  // goes to the line dst + table[j]
+  void (*pack)(const void* src, bool half, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count);
+  void (*unpack)(const float* src, const int32_t* table, void* dst, bool half, int64_t sample_stride, int lanes, int64_t count);
   void (*norm_act)(const NormPlane&);   // out = act(y * scale + shift + g)
   void (*norm_sums)(const NormPlane&);  // sums, and out = g behind the ReLU if out is given
   void (*norm_grad)(const NormPlane&);  // out = gradient of y

@@ -1,6 +1,7 @@
 // Included by tiles.cpp once per instruction set, with PST_VL floats to a vector and PST_REGS vector accumulators.
 
 #include "cpu/tile_block.inl"
+#include "cpu/bf16.inl"
 
 // R x Q output pixels in registers; S: floats from one pixel to the next on x, 0 when known at run time only
 template <int R, int Q, int S>
@@ -198,7 +199,8 @@ static void reduce(const float* acc, float* out, int64_t count) {
   }
 }
 
-static void pack(const float* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {
+template <class T>
+static void pack_lines(const T* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {
   for (int64_t j = 0; j < count; j += PST_VL) {
     const int n = count - j < PST_VL ? int(count - j) : PST_VL;
     for (int sub = 0; sub < kSub; ++sub) {
@@ -207,7 +209,7 @@ static void pack(const float* src, int64_t sample_stride, int lanes, float* dst,
 #pragma GCC unroll 16
         for (int i = 0; i < PST_VL; ++i) r[i] = load(src + (sub * PST_VL + i) * sample_stride + j);
       } else {
-        float part[PST_VL * PST_VL] = {};
+        T part[PST_VL * PST_VL] = {};
         for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i)
           for (int l = 0; l < n; ++l) part[i * PST_VL + l] = src[(sub * PST_VL + i) * sample_stride + j + l];
         for (int i = 0; i < PST_VL; ++i) r[i] = load(part + i * PST_VL);
@@ -224,7 +226,15 @@ static void pack(const float* src, int64_t sample_stride, int lanes, float* dst,
   }
 }
 
-static void unpack(const float* src, const int32_t* table, float* dst, int64_t sample_stride, int lanes, int64_t count) {
+static void pack(const void* src, bool half, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {
+  if (half)
+    pack_lines(static_cast<const bf16*>(src), sample_stride, lanes, dst, table, count);
+  else
+    pack_lines(static_cast<const float*>(src), sample_stride, lanes, dst, table, count);
+}
+
+template <class T>
+static void unpack_lines(const float* src, const int32_t* table, T* dst, int64_t sample_stride, int lanes, int64_t count) {
   for (int64_t j = 0; j < count; j += PST_VL) {
     const int n = count - j < PST_VL ? int(count - j) : PST_VL;
     for (int sub = 0; sub < kSub && sub * PST_VL < lanes; ++sub) {
@@ -237,14 +247,24 @@ static void unpack(const float* src, const int32_t* table, float* dst, int64_t s
         for (int i = 0; i < PST_VL; ++i) r[i] = i < n ? load(from + table[j + i]) : V{};
       }
       transpose(r);
-      float* to = dst + sub * PST_VL * sample_stride + j;
+      T* to = dst + sub * PST_VL * sample_stride + j;
       if (n == PST_VL && lanes >= (sub + 1) * PST_VL) {
 #pragma GCC unroll 16
         for (int i = 0; i < PST_VL; ++i) store(to + i * sample_stride, r[i]);
       } else {
-        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i)
-          for (int l = 0; l < n; ++l) to[i * sample_stride + l] = r[i][l];
+        T part[PST_VL];
+        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i) {
+          store(part, r[i]);
+          for (int l = 0; l < n; ++l) to[i * sample_stride + l] = part[l];
+        }
       }
     }
   }
+}
+
+static void unpack(const float* src, const int32_t* table, void* dst, bool half, int64_t sample_stride, int lanes, int64_t count) {
+  if (half)
+    unpack_lines(src, table, static_cast<bf16*>(dst), sample_stride, lanes, count);
+  else
+    unpack_lines(src, table, static_cast<float*>(dst), sample_stride, lanes, count);
 }

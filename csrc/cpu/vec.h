@@ -6,32 +6,14 @@ constexpr int W = PST_W;
 typedef float V __attribute__((vector_size(PST_W * 4)));
 typedef float VU __attribute__((vector_size(PST_W * 4), aligned(4), may_alias));
 typedef uint32_t VI __attribute__((vector_size(PST_W * 4)));
-typedef uint16_t VH __attribute__((vector_size(PST_W * 2)));
 
 #define PST_INLINE inline __attribute__((always_inline))
-
-struct bf16 {
-  uint16_t bits;
-};
 
 PST_INLINE V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 PST_INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 PST_INLINE V splat(float x) { return x - V{}; }
 
-PST_INLINE V load(const bf16* p) {
-  VH h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return reinterpret_cast<V>(__builtin_convertvector(h, VI) << 16);
-}
-
-// round to nearest even; a NaN stays a NaN
-PST_INLINE void store(bf16* p, V v) {
-  const VI bits = reinterpret_cast<VI>(v);
-  const VI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VI is_nan = reinterpret_cast<VI>(v != v);
-  const VH h = __builtin_convertvector((is_nan & ((bits >> 16) | 64)) | (~is_nan & rounded), VH);
-  __builtin_memcpy(p, &h, sizeof h);
-}
+#include "cpu/bf16.inl"
 
 // lane l of the result: a[l] where bit S of l is clear, else b[l - S]; and the other halves, a[l + S] and b[l]
 template <int S, size_t... L>

@@ -92,11 +92,10 @@ def masked_conv2d(
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"the cpu backend takes float32 and bfloat16, not {x.dtype}; use the reference backend")
     pixels = (layout or default_layout(x.shape, output)) == "pixels"
-    y = torch.ops.pysparse_ticket.masked_conv2d(
-        x if pixels else x.float(), values.float(), bias if bias is None else bias.float(), *pattern.tensors,
+    return torch.ops.pysparse_ticket.masked_conv2d(
+        x, values.float(), bias if bias is None else bias.float(), *pattern.tensors,
         kernel_size, stride, padding, dilation, pixels,
     )  # fmt: skip
-    return y.to(x.dtype)
 
 
 def is_channels_last(x: Tensor) -> bool:
