@@ -56,6 +56,8 @@ def mixed_mask(rows, columns, gen):
 MASKS = {
     **{f"{h}x{w} blocks": lambda *a, h=h, w=w: block_mask(h, w, *a[:2], 0.4, a[2]) for h, w in BLOCKS},
     **{f"{n}:{m}": lambda *a, n=n, m=m: n_of_m_mask(n, m, *a) for n, m in ((2, 4), (1, 3), (3, 7), (1, 16), (5, 6))},
+    "8x1 blocks, few removed": lambda *a: block_mask(8, 1, *a[:2], 0.95, a[2]),
+    "random, few removed": lambda rows, columns, gen: torch.rand(rows, columns, generator=gen) < 0.9,
     "mixed": mixed_mask,
 }
 
@@ -132,18 +134,20 @@ def test_equals_dense_linear(isa, shape):
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks_with_structure(isa, mask):
-    check((90,), 150, 133, mask)
+@pytest.mark.parametrize("batch", [90, 273])
+def test_masks_with_structure(isa, mask, batch):
+    check((batch,), 150, 133, mask)
 
 
-def shared_groups(mask):
-    """Of how many groups of four rows a schedule has, which share their columns, per column tile of 64."""
+def shared_groups(mask, strips=False):
+    """How many groups of four rows a schedule has, per column tile of 64, that share their columns (and those of which
+    the gradient takes 16 neighbouring columns at a time)."""
     pattern = Pattern.from_mask(mask)
     width = mask.shape[1]
     schedule = OP.linear_schedule(pattern.row_ptr, pattern.col, None, width, 64).tolist()
     chunks, tiles = schedule[4], max(1, -(-width // 64))
-    first = schedule[6 + chunks + 1 :][: 2 * tiles * chunks + 1]
-    return sum(first[2 * cell + 1] - first[2 * cell] for cell in range(tiles * chunks))
+    first = schedule[6 + chunks + 1 :][: 3 * tiles * chunks + 1]
+    return sum(first[3 * cell + (1 if strips else 2)] - first[3 * cell] for cell in range(tiles * chunks))
 
 
 def test_rows_share_their_columns_where_they_have_the_same_ones():
@@ -159,9 +163,32 @@ def test_rows_share_their_columns_where_they_have_the_same_ones():
     assert shared_groups(mask) == 0
 
 
+def test_strips_of_columns_where_they_pay():
+    gen = torch.Generator().manual_seed(0)
+    full = torch.ones(40, 96, dtype=torch.bool)
+    assert shared_groups(full, strips=True) == 10 * 2
+    # 16 rows: each strip of x would be brought into the order of samples for four groups
+    assert shared_groups(full[:16, :64], strips=True) == 0 and shared_groups(full[:16, :64]) == 4
+    # every second column: half of a strip is waste
+    alternate = torch.arange(64).remainder(2).eq(0).expand(64, 64)
+    assert shared_groups(alternate, strips=True) == 0 and shared_groups(alternate) == 16
+    # blocks of 16 columns that begin anywhere
+    shifted = torch.zeros(64, 64, dtype=torch.bool)
+    shifted[:, 5:21] = shifted[:, 40:56] = True
+    assert shared_groups(shifted, strips=True) == 16
+    assert shared_groups(block_mask(8, 1, 64, 64, 0.95, gen), strips=True) == 16
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize(
-    "shape", [((200,), 300, 700, 0.1), ((60,), 520, 600, 0.05), ((17,), 30, 9, 0.5), ((300,), 70, 600, "16x16 blocks")]
+    "shape",
+    [
+        ((200,), 300, 700, 0.1),
+        ((60,), 520, 600, 0.05),
+        ((17,), 30, 9, 0.5),
+        ((300,), 70, 600, "16x16 blocks"),
+        ((150,), 200, 800, "8x1 blocks, few removed"),
+    ],
 )
 def test_equals_dense_linear_on_any_number_of_threads(threads, shape):
     check(*shape)

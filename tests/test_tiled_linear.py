@@ -59,6 +59,7 @@ SHAPES = {
     "zero mask": (50, (40, 35, 20, 10), 0.0),
     "mostly empty rows": (100, (200, 300, 250, 10), 0.003),
     "blocks": (300, (64, 96, 160, 10), "16x16 blocks"),
+    "blocks, few removed": (139, (80, 96, 128, 70), "8x1 blocks, few removed"),
     "2:4": (70, (48, 64, 30, 10), "2:4"),
     "mixed": (150, (60, 90, 50, 40), "mixed"),
     "empty batch": (0, (12, 7, 5, 3), 0.5),

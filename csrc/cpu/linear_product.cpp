@@ -12,7 +12,7 @@ float* scratch(int which, int64_t count) {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[5];
   Buffer& b = buffers[which];
   if (b.size < count) {
     std::free(b.data);
@@ -116,19 +116,43 @@ const float* in_order(const Tensor& values, const Schedule& s) {
   return to;
 }
 
+namespace {
+
+// chunks of a column tile together, so that x is brought into the order of samples once for all of them
+void sample_strips(const LinearKernels& kernels, const Batch& batch, const float* x, int64_t in, const float* dy,
+                   int64_t out, const Schedule& s, float* grad) {
+  torch::stable::parallel_for(0, batch.samples ? s.cells() : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      next = std::min(end, (i / s.chunks + 1) * s.chunks);
+      const int k = int(i / s.chunks), c0 = int(i % s.chunks), c1 = c0 + int(next - i);
+      int64_t groups = 0, memory = STRIP_SAMPLES * s.strip_stride();
+      for (int c = c0; c < c1; ++c) {
+        const int part = s.part(k, c, Schedule::STRIPS);
+        groups += s.first[part + 1] - s.first[part];
+        memory += s.strip_memory(part);
+      }
+      if (groups) kernels.sample_strips(s, k, c0, c1, x, in, dy, out, batch.padded(), scratch(4, memory), grad);
+    }
+  });
+}
+
+}  // namespace
+
 Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const float* dy, int64_t out, const Tensor& values,
                        const Schedule& s) {
   const LinearKernels& kernels = linear_kernels();
   const int64_t cells = s.cells();
   Tensor grad = empty(values, {values.numel()});
   float *g = grad.mutable_data_ptr<float>(), *sums = scratch(3, s.entries());
-  torch::stable::parallel_for(0, cells, 1, [&](int64_t begin, int64_t end) {
+  if (!batch.samples) std::fill(g, g + values.numel(), 0.0f);
+  sample_strips(kernels, batch, x, in, dy, out, s, g);
+  torch::stable::parallel_for(0, batch.samples ? cells : 0, 1, [&](int64_t begin, int64_t end) {
     const auto each_cell = [&](auto f) {
       for (int64_t i = begin; i < end; ++i) f(int(i % s.column_tiles), int(i / s.column_tiles));
     };
     each_cell([&](int k, int c) {
-      const int cell = 2 * s.cell(k, c);
-      std::fill(sums + s.position[cell], sums + s.position[cell + 2], 0.0f);
+      const int strips = s.part(k, c, Schedule::STRIPS);
+      std::fill(sums + s.position[strips + 1], sums + s.position[strips + Schedule::PARTS], 0.0f);
     });
     for (int64_t t = 0; t < batch.tiles(); t += TILES_SHARED) {
       const int64_t start = t * TILE, padded = std::min(batch.padded() - start, TILES_SHARED * TILE);
@@ -148,8 +172,8 @@ Tensor weight_gradient(const Batch& batch, const float* x, int64_t in, const flo
       });
     }
     each_cell([&](int k, int c) {
-      const int cell = 2 * s.cell(k, c);
-      for (int e = s.position[cell]; e < s.position[cell + 2]; ++e)
+      const int strips = s.part(k, c, Schedule::STRIPS);
+      for (int e = s.position[strips + 1]; e < s.position[strips + Schedule::PARTS]; ++e)
         if (s.source[e] >= 0) g[s.source[e]] = sums[e];
     });
   });

@@ -18,6 +18,8 @@ constexpr int ROWS_A_CHUNK = 256;
 constexpr int64_t WIDEST_TILE = 65536;  // a column within its tile is a uint16
 // What a column of a shared group costs, in nonzeros of interleaved rows: measured 2.6 forward and dX, 3.9 dW
 constexpr double SHARED_COST = 3.0;
+// Strips of a cell for each 16 columns of it: with fewer, bringing x into the order of samples costs dW more than it gains
+constexpr int STRIPS_REUSED = 5;
 
 }  // namespace
 
@@ -29,7 +31,7 @@ Schedule read_schedule(const Tensor& t, int64_t rows, int64_t width, int64_t nnz
   s.columns = p[COLUMNS];
   s.column_tiles = int(std::max<int64_t>(1, (width + s.columns - 1) / s.columns));
   s.chunks = p[CHUNKS];
-  const int64_t parts = 2 * s.cells();
+  const int64_t parts = Schedule::PARTS * s.cells();
   s.chunk_row = p + HEADER;
   s.first = s.chunk_row + s.chunks + 1;
   s.position = s.first + parts + 1;
@@ -118,12 +120,34 @@ struct Builder {
     position.push_back(int32_t(source.size()));
   }
 
-  // rows in ascending order, each once
-  void cell(std::vector<Part>& parts, bool first_tile) {
+  // strips of a group, or 0 where its columns are too far apart
+  int64_t strips(const Part* parts) const {
+    int64_t strips = 0, columns = 0;
+    int32_t stop = -1;
+    for_columns(parts, [&](int32_t c, const int32_t*) {
+      ++columns;
+      if (c < stop) return;
+      stop = c + 16;
+      ++strips;
+    });
+    return double(strips * 16) <= STRIP_WASTE * double(columns) ? strips : 0;
+  }
+
+  void part(const std::vector<const Part*>& groups) {
+    for (const Part* parts : groups) shared(parts);
+    end_part();
+  }
+
+  // rows in ascending order, each once; columns: the tile's
+  void cell(std::vector<Part>& parts, bool first_tile, int64_t columns) {
     std::vector<Part> rest;
+    std::vector<const Part*> dense, scattered;
+    int64_t dense_strips = 0;
     for (size_t i = 0; i < parts.size();) {
       if (parts[i].row % GROUP == 0 && i + GROUP <= parts.size() && worth_sharing(&parts[i])) {
-        shared(&parts[i]);
+        const int64_t n = strips(&parts[i]);
+        (n ? dense : scattered).push_back(&parts[i]);
+        dense_strips += n;
         i += GROUP;
       } else if (parts[i].length || first_tile) {
         rest.push_back(parts[i++]);
@@ -131,7 +155,12 @@ struct Builder {
         ++i;
       }
     }
-    end_part();
+    if (dense_strips * 16 < columns * STRIPS_REUSED) {
+      scattered.insert(scattered.begin(), dense.begin(), dense.end());
+      dense.clear();
+    }
+    part(dense);
+    part(scattered);
     std::stable_sort(rest.begin(), rest.end(), [](const Part& a, const Part& b) { return a.length > b.length; });
     for (size_t i = 0; i < rest.size();) {
       const int n = rest.size() - i >= GROUP ? GROUP : 1;
@@ -146,7 +175,7 @@ struct Builder {
 Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, int64_t width, int64_t columns) {
   STD_TORCH_CHECK(columns > 0 && columns <= WIDEST_TILE, "a column tile has 1 to 65536 columns, not ", columns);
   const int rows = int(row_ptr.numel() - 1);
-  const int chunks = std::clamp(rows / ROWS_A_CHUNK, 1, 8);
+  const int chunks = std::clamp(rows / ROWS_A_CHUNK, 1, MOST_CHUNKS);
   const int tiles = int(std::max<int64_t>(1, (width + columns - 1) / columns));
   const int32_t *ptr = row_ptr.const_data_ptr<int32_t>(), *c = col.const_data_ptr<int32_t>();
   const int64_t nnz = ptr[rows];
@@ -169,7 +198,7 @@ Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, in
         while (next[r] < ptr[r + 1] && c[next[r]] < (t + 1) * columns) ++next[r];
         parts.push_back({r, start, next[r] - start});
       }
-      b.cell(parts, t == 0);
+      b.cell(parts, t == 0, std::min(columns, width - t * columns));
     }
   }
   const int32_t header[HEADER] = {rows, int32_t(width), int32_t(nnz), int32_t(columns), chunks, int32_t(b.groups.size())};

@@ -261,13 +261,14 @@ PST_INLINE void for_lanes(int lanes, F f) {
 
 static void multiply(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
                      const float* x, int lanes, float* y, Ahead ahead) {
-  const int shared = 2 * s.cell(column_tile, chunk), rest = shared + 1;
+  const int shared = s.part(column_tile, chunk, Schedule::STRIPS), rest = s.part(column_tile, chunk, Schedule::REST);
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
     constexpr int N = decltype(n)::value;
     const bool first = column_tile == 0;
-    multiply_shared_lanes<N>(s.groups + s.first[shared], s.groups + s.first[rest], s.column + s.position[shared],
-                             weights + s.position[shared], bias, first, x + lane, lanes, y + lane);
+    for (int part = shared; part < rest; ++part)
+      multiply_shared_lanes<N>(s.groups + s.first[part], s.groups + s.first[part + 1], s.column + s.position[part],
+                               weights + s.position[part], bias, first, x + lane, lanes, y + lane);
     multiply_lanes<N>(s.groups + s.first[rest], s.groups + s.first[rest + 1], s.column + s.position[rest],
                       weights + s.position[rest], bias, first, x + lane, lanes, y + lane, lane ? Ahead() : ahead);
   });
@@ -367,7 +368,7 @@ static void sample_lanes(const Group* g, const Group* end, const uint16_t* colum
 
 static void sample(const Schedule& s, int column_tile, int chunk, const float* x, const float* dy, int lanes,
                    float* products, Ahead x_ahead, Ahead dy_ahead) {
-  const int rest = 2 * s.cell(column_tile, chunk) + 1, entry = s.position[rest];
+  const int rest = s.part(column_tile, chunk, Schedule::REST), entry = s.position[rest];
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
     sample_lanes<decltype(n)::value>(s.groups + s.first[rest], s.groups + s.first[rest + 1], s.column + entry, x + lane,
@@ -375,66 +376,7 @@ static void sample(const Schedule& s, int column_tile, int chunk, const float* x
   });
 }
 
-// GROUP rows and C columns of a shared group, over all tiles before the one sum across lanes
-template <int C>
-PST_INLINE void sample_block(const Group& g, const uint16_t* column, int64_t first_column, const float* x, int64_t in,
-                             const float* dy, int64_t out, int64_t padded, float* products) {
-  V sums[W] = {};
-  for (int64_t t = 0; t < padded; t += TILE, x += TILE * in, dy += TILE * out) {
-    const int64_t lanes = padded - t < TILE ? padded - t : TILE;
-    const float *at[C], *d[GROUP];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) at[c] = x + (first_column + column[c * GROUP]) * lanes;
-#pragma GCC unroll 4
-    for (int r = 0; r < GROUP; ++r) d[r] = dy + g.row[r] * lanes;
-#pragma GCC unroll 1
-    for (int64_t lane = 0; lane < lanes; lane += W) {
-      V v[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) v[c] = load(at[c] + lane);
-#pragma GCC unroll 4
-      for (int r = 0; r < GROUP; ++r) {
-        const V u = load(d[r] + lane);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sums[c * GROUP + r] += u * v[c];
-      }
-    }
-  }
-  const V total = reduce_rows(sums);
-  if constexpr (C * GROUP == W) {
-    store(products, load(products) + total);
-  } else {
-    for (int i = 0; i < C * GROUP; ++i) products[i] += total[i];
-  }
-}
-
-// columns of a shared group between two visits of its rows: 4 tiles of them are 32 KB, which all groups read in L1
-constexpr int SHARED_BLOCK = 32;
-
-static void sample_shared(const Schedule& s, int column_tile, int chunk, const float* x, int64_t in, const float* dy,
-                          int64_t out, int64_t padded, float* products) {
-  const int shared = 2 * s.cell(column_tile, chunk);
-  const Group *begin = s.groups + s.first[shared], *end = s.groups + s.first[shared + 1];
-  const int64_t first_column = int64_t(column_tile) * s.columns;
-  bool more = begin < end;
-  for (int start = 0; more; start += SHARED_BLOCK) {
-    more = false;
-    int64_t entry = s.position[shared];
-    for (const Group* g = begin; g < end; entry += g->entries(), ++g) {
-      const int stop = g->length < start + SHARED_BLOCK ? g->length : start + SHARED_BLOCK;
-      more |= g->length > stop;
-      int j = start;
-      const auto run = [&](auto c) {
-        constexpr int C = decltype(c)::value;
-        for (; j + C <= stop; j += C)
-          sample_block<C>(*g, s.column + entry + j * GROUP, first_column, x, in, dy, out, padded,
-                          products + entry + j * GROUP);
-      };
-      run(std::integral_constant<int, SHARED_COLUMNS>());
-      run(std::integral_constant<int, 1>());
-    }
-  }
-}
+#include "cpu/shared_gradient.inl"
 
 static void gather(const float* values, const int32_t* source, int64_t begin, int64_t end, float* weights) {
   int64_t e = begin;
@@ -448,4 +390,4 @@ static void gather(const float* values, const int32_t* source, int64_t begin, in
   for (; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
 }
 
-constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, sample_shared, gather};
+constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, sample_shared, sample_strips, gather};
