@@ -245,7 +245,7 @@ def test_dropout_neither_moves_the_generator_nor_makes_tickets_differ():
 def test_synflow_finds_filters_and_blocks_without_data():
     net = resnet(20)
     scores = synflow(net, in_shape=(3, 8, 8))
-    ticket = pst.at_init(net, score="synflow", granularity="filter", remove=20, in_shape=(3, 8, 8))
+    ticket = pst.at_init(net, score="synflow", granularity="filter", remove=20, coupled=False, in_shape=(3, 8, 8))
     assert sum(int((~f).sum()) for f in ticket.filters.values()) == 20 and ticket.provenance["steps"] == 1
     pooled = {c.producer: scores[f"{c.producer}.weight"].sum((1, 2, 3)) for c in filter_chains(net)}
     gone = torch.cat([pooled[n][~f] for n, f in ticket.filters.items()])
