@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
@@ -21,6 +21,7 @@ with_cuda = bool(CUDA_SOURCES and torch.version.cuda and (shutil.which("nvcc") o
 extension = CUDAExtension if with_cuda else CppExtension
 
 setup(
+    packages=[*find_packages(include=["pysparse_ticket*"]), "pysparse_ticket.kernels"],
     ext_modules=[
         extension(
             "pysparse_ticket._C",
