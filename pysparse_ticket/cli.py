@@ -251,8 +251,7 @@ def find(
 
 
 def _find_at_init(out: Path, network: dict, training: dict, options: dict, state: Path | None, seed: int) -> None:
-    from .compare import Settings, build, first_batch, recipe
-    from .data import load
+    from .compare import Settings, build, first_batch, load_data, recipe
     from .search import at_init
     from .ticket import Ticket
 
@@ -260,8 +259,7 @@ def _find_at_init(out: Path, network: dict, training: dict, options: dict, state
     if state and rewound is None:
         raise ValueError(f"{state} has no rewind state to score; find it with rewind=True")
     settings = Settings(**network, train=recipe(**training))
-    images = load(settings.data, root=settings.root, **({"size": settings.size} if settings.data == "digits" else {}))
-    images = images.to(settings.train.device)
+    images = load_data(settings)
     ticket = at_init(
         build(settings, images, seed), first_batch(settings, images, seed), seed=seed, state=rewound, **options
     )
@@ -331,8 +329,7 @@ def transfer(
     seed: Annotated[int, typer.Option(help="of the controls and of reinit's weights")] = 0,
 ) -> None:
     """Stretch or squeeze a weight ticket into one for a deeper or shallower network of its family."""
-    from .compare import Settings, first_batch, recipe
-    from .data import load
+    from .compare import Settings, first_batch, load_data, recipe
     from .search import elastic
     from .ticket import Ticket
 
@@ -341,8 +338,7 @@ def transfer(
         settings = Settings(data=data, size=size, root=root, train=recipe(batch_size=batch_size))
         batches = None
         if control == "snip-added":
-            images = load(data, root=root, **({"size": size} if data == "digits" else {}))
-            batches = first_batch(settings, images, seed)
+            batches = first_batch(settings, load_data(settings), seed)
         result = elastic(
             found,
             None if source is None else _network_like(source, found, seed),

@@ -105,9 +105,7 @@ def compare(
     leaves a checkpoint in ``folder``: called again with the same settings and folder, an interrupted comparison goes
     on where it stopped. Returns the arms as written to summary.json.
     """
-    options = {"size": settings.size} if settings.data == "digits" else {}
-    data = datasets.load(settings.data, root=settings.root, download=settings.download, **options)
-    data = data.to(settings.train.device)
+    data = load_data(settings)
     searches = arms(settings)
     folder.mkdir(parents=True, exist_ok=True)
     dense_times = remembered(folder / "dense.json", lambda: dense_step_seconds(settings, data))
@@ -165,6 +163,13 @@ def dense_step_seconds(settings: Settings, data: ImageData) -> dict[str, float]:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
     return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
+
+
+def load_data(settings: Settings) -> ImageData:
+    """The settings' data set, on the device that trains."""
+    options = {"size": settings.size} if settings.data == "digits" else {}
+    data = datasets.load(settings.data, root=settings.root, download=settings.download, **options)
+    return data.to(settings.train.device)
 
 
 def build(settings: Settings, data: ImageData, seed: int) -> nn.Module:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import data as datasets
 from . import models
-from .compare import Settings, build, first_batch
+from .compare import Settings, build, first_batch, load_data
 from .files import write_whole
 from .search import imp
 from .search.rounds import Level, Search
@@ -48,9 +47,7 @@ def find_imp(
     on at the last checkpoint. Raises ValueError for a rewind step that is not before the last one, and what ``imp``,
     ``train`` and the data's loader raise.
     """
-    options_of_data = {"size": settings.size} if settings.data == "digits" else {}
-    data = datasets.load(settings.data, root=settings.root, download=settings.download, **options_of_data)
-    data = data.to(settings.train.device)
+    data = load_data(settings)
     config = replace(settings.train, seed=seed)
     steps = config.epochs * -(-len(data.train_labels) // config.batch_size)
     if rewind_step >= steps:

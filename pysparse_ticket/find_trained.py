@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import data as datasets
-from .compare import Settings, build
+from .compare import Settings, build, load_data
 from .search import after_training
 from .ticket import Ticket, clone_state
 from .train import History, Progress, train
@@ -40,8 +39,7 @@ def find_trained(
         )
     if samples < 1:
         raise ValueError(f"scoring needs samples=1 or more, not {samples}")
-    scaled = {"size": settings.size} if settings.data == "digits" else {}
-    data = datasets.load(settings.data, root=settings.root, download=settings.download, **scaled).to(config.device)
+    data = load_data(settings)
     model = build(settings, data, seed)
     early = clone_state(model)
     batches = len(data.train_labels) / config.batch_size
