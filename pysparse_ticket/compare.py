@@ -27,6 +27,7 @@ from .report import cells, machine, machine_line, markdown_table, plot_arms
 from .search import at_init, filter_twin
 from .ticket import Ticket, clone_state
 from .train import Progress, TrainConfig, train
+from .train_config import steps_per_epoch
 
 DENSE_FORMATS = ("contiguous", "channels_last", "compile")
 
@@ -113,7 +114,7 @@ def compare(
 
     results: dict[str, list[dict]] = {name: [] for name in searches}
     order = list(searches)
-    per_run = settings.train.epochs * -(-len(data.train_labels) // settings.train.batch_size)
+    per_run = settings.train.epochs * steps_per_epoch(settings.train, len(data.train_labels))
     done, total = 0, per_run * len(searches) * settings.seeds
     for seed in range(settings.seeds):
         for name in order[seed % len(order) :] + order[: seed % len(order)]:  # no arm always runs first

@@ -16,6 +16,7 @@ from .files import write_whole
 from .search import imp
 from .search.rounds import Level, Search
 from .train import Progress, position, train
+from .train_config import steps_per_epoch
 
 
 class _Place:
@@ -49,7 +50,7 @@ def find_imp(
     """
     data = load_data(settings)
     config = replace(settings.train, seed=seed)
-    steps = config.epochs * -(-len(data.train_labels) // config.batch_size)
+    steps = config.epochs * steps_per_epoch(config, len(data.train_labels))
     if rewind_step >= steps:
         raise ValueError(f"rewind_step {rewind_step} is not before the last of {steps} steps; lower it or train longer")
     model = build(settings, data, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from .compare import Settings, build, load_data
 from .search import after_training
 from .ticket import Ticket, clone_state
 from .train import History, Progress, train
+from .train_config import steps_per_epoch
 
 
 def find_trained(
@@ -42,8 +42,7 @@ def find_trained(
     data = load_data(settings)
     model = build(settings, data, seed)
     early = clone_state(model)
-    batches = len(data.train_labels) / config.batch_size
-    rewind_step = rewind_epoch * (math.floor(batches) if config.drop_last else math.ceil(batches))
+    rewind_step = rewind_epoch * steps_per_epoch(config, len(data.train_labels))
 
     mark = torch.tensor(rewind_step)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from . import checkpoint as checkpoints
 from .evaluate import autocast_to, evaluate, laid_out
 from .interrupt import Interrupted, sigint_held
-from .train_config import TrainConfig, learning_rate_factor
+from .train_config import TrainConfig, learning_rate_factor, steps_per_epoch
 
 __all__ = ["History", "Interrupted", "Progress", "TrainConfig", "evaluate", "position", "train"]
 
@@ -120,10 +120,7 @@ class _Run:
             model.to(memory_format=torch.channels_last)
         self.data = data.to(self.device)
         self.samples = len(data.train_labels)
-        batches = self.samples / config.batch_size
-        self.epoch_steps = math.floor(batches) if config.drop_last else math.ceil(batches)
-        if self.epoch_steps == 0:
-            raise ValueError(f"{self.samples} training samples give no batch of {config.batch_size}: lower batch_size")
+        self.epoch_steps = steps_per_epoch(config, self.samples)
         self.steps = self.epoch_steps * config.epochs
         if optimizer is None:
             optimizer = torch.optim.SGD(

@@ -76,6 +76,15 @@ class TrainConfig:
         object.__setattr__(self, "milestones", marks)
 
 
+def steps_per_epoch(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps in one pass over so many training samples; ValueError where that is none."""
+    batches = samples / config.batch_size
+    steps = math.floor(batches) if config.drop_last else math.ceil(batches)
+    if steps == 0:
+        raise ValueError(f"{samples} training samples give no batch of {config.batch_size}: lower batch_size")
+    return steps
+
+
 def learning_rate_factor(config: TrainConfig, step: int, epoch_steps: int) -> float:
     """What the base rate is multiplied by at ``step``, counted from 0, with ``epoch_steps`` steps an epoch."""
     factor = config.gamma ** sum(step >= mark * epoch_steps for mark in config.milestones)

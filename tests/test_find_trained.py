@@ -1,5 +1,7 @@
 """The whole of "train, score, rewind" from names: its early state, its resumption, its command."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -8,6 +10,7 @@ import pysparse_ticket as pst
 from pysparse_ticket import data as datasets
 from pysparse_ticket.cli import app
 from pysparse_ticket.compare import Settings, build, recipe
+from pysparse_ticket.find import find_imp
 from pysparse_ticket.find_trained import find_trained
 from pysparse_ticket.train import Interrupted, train
 
@@ -54,3 +57,12 @@ def test_the_command_writes_a_ticket_that_loads_and_refuses_a_late_rewind(tmp_pa
     ticket = pst.Ticket.load(out)
     assert len(ticket.removed_blocks) == 2 and all(name in result.output for name in ticket.removed_blocks)
     assert ticket.provenance["samples"] == 64 and ticket.provenance["score"] == "kl" and ticket.rewind
+
+
+def test_the_short_batch_that_is_left_out_is_no_step_to_rewind_to(tmp_path):
+    settings = replace(
+        SETTINGS, train=replace(SETTINGS.train, epochs=1, warmup_epochs=0, milestones=(), drop_last=True)
+    )
+    with pytest.raises(ValueError, match="rewind_step 2 is not before the last of 2 steps"):  # 80 images in 32s
+        find_imp(settings, tmp_path / "levels", rewind_step=2)
+    assert not list(tmp_path.iterdir())
