@@ -1,0 +1,1 @@
+"""The commands of ``pysparse-ticket``, a file each; ``cli.py`` puts them together."""
