@@ -86,16 +86,14 @@ def keep_top(
     check_scope(scope)
     sizes = {name: score.numel() for name, score in scores.items()}
     if scope == "global":
-        flat = torch.cat([score.reshape(-1).double() for score in scores.values()])
-        parts = _keep(flat, budget(sparsity, flat.numel(), step, steps)).split(list(sizes.values()))
-        masks = {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
+        masks = highest_of(scores, budget(sparsity, sum(sizes.values()), step, steps))
     else:
         if scope == "layer":
             counts = {name: budget(sparsity, size, step, steps) for name, size in sizes.items()}
         else:
             last = erk_budgets(shapes or {n: s.shape for n, s in scores.items()}, sparsity, sizes)
             counts = {n: round(sizes[n] * (last[n] / sizes[n]) ** (step / steps)) for n in sizes}
-        masks = {n: _keep(s.reshape(-1).double(), counts[n]).reshape(s.shape) for n, s in scores.items()}
+        masks = {n: highest(s.double(), counts[n]) for n, s in scores.items()}
     if not allow_empty:
         for name, mask in masks.items():
             if not mask.any():
@@ -111,13 +109,26 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
 
 
-def _keep(flat: Tensor, count: int) -> Tensor:
-    """bool mask of the ``count`` highest, of equal ones the earlier; a selection instead of a sort, for 100 steps."""
+def highest(score: Tensor, count: int) -> Tensor:
+    """bool of the score's shape, True at the ``count`` highest; of equal ones the earlier stays.
+
+    A selection, which takes a fraction of a sort's time. -inf may be among the highest where nothing else is left.
+    """
     if not count:
-        return torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    threshold = flat.topk(count, sorted=False).values.min()
-    kept, ties = flat > threshold, flat == threshold
-    return kept | (ties & (ties.cumsum(0) <= count - kept.sum()))
+        return torch.zeros_like(score, dtype=torch.bool)
+    flat = score.reshape(-1)
+    last = flat.topk(count, sorted=False).values.min()
+    chosen = flat > last
+    ties = (flat == last).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.reshape(score.shape)
+
+
+def highest_of(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """bool masks of the ``count`` highest scores over all tensors; of equal ones the earlier in model order stays."""
+    flat = torch.cat([score.reshape(-1).double() for score in scores.values()])
+    parts = highest(flat, count).split([score.numel() for score in scores.values()])
+    return {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def drop_lowest_blocks(

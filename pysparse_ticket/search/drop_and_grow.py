@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..select import highest
+
 REGROW = ("keep", "zero", "never")
 
 
@@ -32,24 +34,10 @@ def drop_and_grow(
     then. Of equal ones the earlier survives and the earlier comes. Returns the new mask and which weights keep their
     value; all tensors of the weight's shape.
     """
-    active = mask.reshape(-1)
-    alive = int(active.sum())
+    alive = int(mask.sum())
     if regrow == "never":
-        count = min(count, active.numel() - alive)
-    size = weight.detach().reshape(-1).double().abs().masked_fill(~active, -torch.inf)
-    kept = _highest(size, alive - count)
-    barred = active if regrow == "never" else kept
-    new = kept | _highest(growth.reshape(-1).double().masked_fill(barred, -torch.inf), count)
-    stays = new & active if regrow == "keep" else kept
-    return new.reshape(mask.shape), stays.reshape(mask.shape)
-
-
-def _highest(score: Tensor, count: int) -> Tensor:
-    """bool, True at the ``count`` highest; of equal ones the earlier. Selecting takes a fraction of sorting."""
-    if not count:
-        return torch.zeros_like(score, dtype=torch.bool)
-    last = score.topk(count, sorted=False).values.min()
-    chosen = score > last
-    ties = (score == last).nonzero().flatten()
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen
+        count = min(count, mask.numel() - alive)
+    kept = highest(weight.detach().double().abs().masked_fill(~mask, -torch.inf), alive - count)
+    barred = mask if regrow == "never" else kept
+    new = kept | highest(growth.double().masked_fill(barred, -torch.inf), count)
+    return new, new & mask if regrow == "keep" else kept

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..granularity import aggregate, expand_blocks, keep_n_of_m, parse, pool_blocks, pool_filters, pool_layers
 from ..scores import prunable
-from ..select import check_scores, drop_lowest_blocks, drop_lowest_filters
+from ..select import check_scores, drop_lowest_blocks, drop_lowest_filters, highest, highest_of
 from ..structure import FilterChain, filter_chains, find_blocks
 from ..ticket import Ticket, fingerprint
 
@@ -197,9 +197,9 @@ class Pieces:
         if self.kind == "n:m":
             return replace(ticket, masks={n: keep_n_of_m(s, kept, self.numbers[1]) for n, s in pooled.items()})
         if self.scope == "layer":
-            tiles = {n: keep_highest({n: s}, self.counts[n][level])[n] for n, s in pooled.items()}
+            tiles = {n: highest(s, self.counts[n][level]) for n, s in pooled.items()}
         else:
-            tiles = keep_highest(pooled, kept)
+            tiles = highest_of(pooled, kept)
         if self.kind == "block":
             tiles = {n: expand_blocks(t, self.shapes[n], *self.numbers) for n, t in tiles.items()}
         for name, mask in tiles.items():
@@ -243,15 +243,6 @@ class Pieces:
             drawn[name] = score.clone()
             drawn[name][left] = values
         return drawn
-
-
-def keep_highest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """bool masks of the ``count`` highest scores over all tensors; of equal ones the earlier stays."""
-    flat = torch.cat([score.reshape(-1) for score in scores.values()])
-    kept = torch.zeros(flat.numel(), dtype=torch.bool)
-    kept[flat.argsort(descending=True, stable=True)[:count]] = True
-    parts = kept.split([score.numel() for score in scores.values()])
-    return {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def _within(name: str, parents: Sequence[str]) -> bool:
