@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .filter_sparse_conv2d import DenseState, keep_mask
+from .plain_conv2d import plain_conv2d
 
 
 class CompactLinear(DenseState):
@@ -33,13 +34,6 @@ class CompactLinear(DenseState):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
-
-    @property
-    def mask(self) -> Tensor:
-        """bool, of the dense weight's shape."""
-        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.weight.device)
-        mask[:, self.in_index] = True
-        return mask
 
     def macs(self, _, output: Tensor) -> int:
         """Multiply-adds of one forward pass over the whole batch."""
@@ -92,32 +86,13 @@ class CompactDepthwiseConv2d(DenseState):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    @property
-    def mask(self) -> Tensor:
-        """bool, of the dense weight's shape."""
-        mask = torch.zeros(self._dense_slots()["weight"][0], dtype=torch.bool, device=self.weight.device)
-        mask[self.out_index] = True
-        return mask
-
     def macs(self, _, output: Tensor) -> int:
         """Multiply-adds of one forward pass over the whole batch."""
         return output.numel() * self.kernel_size[0] * self.kernel_size[1]
 
     def to_dense(self) -> nn.Conv2d:
         """A plain depthwise convolution over all channels, zero where filters were removed."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            groups=self.in_channels,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        return self.fill(conv)
+        return self.fill(plain_conv2d(self, self.weight, groups=self.in_channels))
 
     def _dense_slots(self):
         slots = {"weight": ((self.out_channels, 1, *self.kernel_size), (self.out_index,), 0.0)}

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain_conv2d import plain_conv2d
+
 
 def keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
     if keep is None:
@@ -21,6 +23,11 @@ class DenseState(nn.Module):
     def _dense_slots(self) -> dict[str, tuple[tuple[int, ...], tuple[Tensor, ...], float]]:
         """{name: (dense shape, index of each leading dimension, fill of removed entries)}."""
         raise NotImplementedError
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, of the dense weight's shape, True where the weight is held."""
+        return self.expand_like("weight", torch.ones_like(self.weight, dtype=torch.bool))
 
     def expand_like(self, name: str, compact: Tensor) -> Tensor:
         """A tensor of the parameter's compact shape in the dense shape, filled where channels were removed."""
@@ -116,13 +123,6 @@ class FilterSparseConv2d(DenseState):
         full = y.new_zeros((y.shape[0], self.out_channels, *y.shape[2:]))
         return full.index_copy(1, self.out_index, y)
 
-    @property
-    def mask(self) -> Tensor:
-        """bool, of the dense weight's shape."""
-        mask = torch.zeros(self._dense_slots()["weight"][0], dtype=torch.bool, device=self.weight.device)
-        mask[self.out_index[:, None], self.in_index] = True
-        return mask
-
     def tile_mask(self) -> Tensor:
         """bool ``[O, C, kh, kw]`` of the weights that there are, over the channels that input and output have: the kept
         ones where they are compact."""
@@ -145,18 +145,7 @@ class FilterSparseConv2d(DenseState):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain convolution over all channels, zero where nothing survived."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        return self.fill(conv)
+        return self.fill(plain_conv2d(self, self.weight))
 
     def _dense_slots(self):
         shape = (self.out_channels, self.in_channels, *self.kernel_size)

@@ -8,6 +8,7 @@ from torch.nn.grad import conv2d_weight
 
 from ..ops.masked_conv2d import LAYOUTS, default_layout, masked_conv2d, output_size
 from .masked import MaskedModule
+from .plain_conv2d import plain_conv2d
 
 
 def resolve_padding(conv: nn.Module) -> tuple[int, int] | None:
@@ -54,24 +55,9 @@ class MaskedConv2d(MaskedModule):
         one where ``why_dense`` says so. ValueError for a mask of another shape or dtype."""
         return cls(module, mask)
 
-    def _new_dense(self, weight: Tensor) -> nn.Conv2d:
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-
     def to_dense(self) -> nn.Conv2d:
         """A plain copy, zeros where pruned."""
-        return self._to_dense(self._new_dense(self.weight))
+        return self._to_dense(plain_conv2d(self, self.weight_parameter, self.groups, self.padding_mode))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.format == "dense":
