@@ -163,7 +163,7 @@ def dense_step_seconds(settings: Settings, data: ImageData) -> dict[str, float]:
         # inductor's own compile workers go on starting up while the first arm trains and take its cores
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
-    return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2).items()}
+    return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2, device=x.device).items()}
 
 
 def load_data(settings: Settings) -> ImageData:

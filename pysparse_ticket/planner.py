@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import write_whole
-from .measure import interleave
+from .measure import gpu_facts, interleave
 from .structure import eval_mode
 from .ticket import fingerprint
 
@@ -112,8 +113,8 @@ class Site:
     needs_input_grad: bool
 
     def input(self, device: torch.device) -> Tensor:
-        generator = torch.Generator().manual_seed(0)  # the user's random state stays where it is
-        x = torch.randn(self.shape, generator=generator).to(device, self.dtype)
+        generator = torch.Generator(device).manual_seed(0)  # the user's random state stays where it is
+        x = torch.randn(self.shape, generator=generator, device=device).to(self.dtype)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return x.requires_grad_(self.needs_input_grad)
@@ -144,8 +145,8 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
     """Forward and backward, all gradients that training would compute."""
     with torch.no_grad():
         y = module(x)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(y.shape, generator=generator).to(y)
+    generator = torch.Generator(y.device).manual_seed(1)
+    grad = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
     wanted = [p for p in module.parameters() if p.requires_grad] + ([x] if x.requires_grad else [])
 
     def run() -> None:
@@ -157,7 +158,14 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
 def race(candidates: Mapping[str, nn.Module], site: Site, device: torch.device, repeats: int = 7) -> dict[str, float]:
     """Median microseconds of a training step of each candidate on the site's input, interleaved."""
     arms = {name: step(module, site.input(device)) for name, module in candidates.items()}
-    return {name: 1e6 * t.median for name, t in interleave(arms, repeats=repeats, warmup=2).items()}
+    return _medians(arms, repeats, device)
+
+
+def _medians(arms: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+    # the first call on a GPU compiles and tunes kernels, so a third one is the first to tell how long a call takes
+    warmup = 3 if device.type == "cuda" else 2
+    times = interleave(dict(arms), repeats=repeats, warmup=warmup, device=device)
+    return {name: 1e6 * t.median for name, t in times.items()}
 
 
 class PlanCache:
@@ -178,7 +186,10 @@ class PlanCache:
         from .ops.library import CPU_ERROR, cpu_isa
 
         machine = (platform.machine(), cpu_model(), torch.get_num_threads(), CPU_ERROR or cpu_isa())
-        where = next(module.parameters()).device.type
+        device = next(module.parameters()).device
+        where = device.type
+        if where == "cuda":
+            where = (where, *gpu_facts(device.index or 0).values(), _triton_kernels())
         kind = (type(module).__name__, module.extra_repr(), fingerprint(module))
         text = repr((what, machine, where, torch.__version__, _build_id(), kind, facts))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -210,8 +221,16 @@ def _build_id() -> str:
     return f"{found[0].stat().st_size}-{found[0].stat().st_mtime_ns}" if found else "none"
 
 
+def _triton_kernels() -> list[tuple[str, int, int]]:
+    """The same of the Triton kernels."""
+    spec = importlib.util.find_spec("pysparse_ticket.kernels")
+    files = sorted(Path(spec.origin).parent.glob("*.py")) if spec and spec.origin else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def race_steps(models: Mapping[str, nn.Module], sample: Tensor, repeats: int = 5) -> dict[str, float]:
     """Median microseconds of each model's training step on the sample, interleaved; copies run, the models stay."""
-    with torch.random.fork_rng(devices=[]):  # dropout draws
+    cuda = [sample.device] if sample.is_cuda else []
+    with torch.random.fork_rng(devices=cuda):  # dropout draws
         steps = {name: step(copy.deepcopy(model).train(), sample) for name, model in models.items()}
-        return {name: 1e6 * t.median for name, t in interleave(steps, repeats=repeats, warmup=2).items()}
+        return _medians(steps, repeats, sample.device)

@@ -1,9 +1,36 @@
 """Settings of the whole suite, made before torch is imported."""
 
+import functools
+import warnings
+
 import pytest
 from bf16 import avoid_broken_amx
 
 avoid_broken_amx()
+
+
+@functools.cache
+def gpu_is_there():
+    """Whether torch sees one; its convolutions are then kept from TF32, whose 10 bits no tolerance here allows."""
+    import torch
+
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the newer setting is not of one mind with what compilers read
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not gpu_is_there():
+        pytest.skip("no CUDA GPU is visible")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device that the ops and modules run on."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

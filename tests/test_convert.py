@@ -14,7 +14,8 @@ from pysparse_ticket.measure import macs
 
 def ticket_of(model, granularity, **options):
     score = options.pop("score", "magnitude")
-    return pst.at_init(model, batch(), score=score, granularity=granularity, **options)
+    data = [t.to(next(model.parameters()).device) for t in batch()]
+    return pst.at_init(model, data, score=score, granularity=granularity, **options)
 
 
 CASES = {
@@ -42,8 +43,8 @@ def masked_twin(model, ticket):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sparsified_model_is_the_masked_model(case):
-    model, (x, y) = resnet(), batch()
+def test_sparsified_model_is_the_masked_model(case, device):
+    model, (x, y) = resnet().to(device), (t.to(device) for t in batch())
     ticket = ticket_of(model, **CASES[case])
     twin = masked_twin(model, ticket)
     sparse = pst.sparsify(copy.deepcopy(model), ticket)
@@ -59,8 +60,8 @@ def test_sparsified_model_is_the_masked_model(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_state_dict_is_the_dense_one(case):
-    model = resnet()
+def test_state_dict_is_the_dense_one(case, device):
+    model = resnet().to(device)
     ticket = ticket_of(model, **CASES[case])
     sparse = pst.sparsify(copy.deepcopy(model), ticket)
     state, dense = sparse.state_dict(), model.state_dict()
@@ -73,8 +74,8 @@ def test_state_dict_is_the_dense_one(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_densify_gives_back_a_plain_model_with_the_same_output(case):
-    model, (x, _) = resnet(), batch()
+def test_densify_gives_back_a_plain_model_with_the_same_output(case, device):
+    model, x = resnet().to(device), batch()[0].to(device)
     sparse = pst.sparsify(model, ticket_of(model, **CASES[case])).eval()
     before = sparse(x)
     dense = pst.densify(sparse)
@@ -82,11 +83,11 @@ def test_densify_gives_back_a_plain_model_with_the_same_output(case):
     torch.testing.assert_close(dense(x), before, rtol=1e-3, atol=1e-4)
 
 
-def test_a_removed_block_leaves_nothing_behind():
-    model = resnet(56)
+def test_a_removed_block_leaves_nothing_behind(device):
+    model = resnet(56).to(device)
     ticket = ticket_of(model, "layer", remove=12, score="random")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    x, y = batch()
+    x, y = (t.to(device) for t in batch())
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     calls = []
@@ -97,13 +98,13 @@ def test_a_removed_block_leaves_nothing_behind():
     assert not calls
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()} and {id(p) for p in optimizer.state} == held
-    x32 = torch.randn(1, 3, 32, 32)
+    x32 = torch.randn(1, 3, 32, 32, device=device)
     assert macs(model, x32) == 125_747_840 - 12 * 4_718_592
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_optimizer_state_is_carried_over_and_back(case, kind):
+def test_optimizer_state_is_carried_over_and_back(case, kind, device):
     """A step of the sparse model with carried state is the step of the masked network."""
     make = {
         "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
@@ -117,13 +118,14 @@ def test_optimizer_state_is_carried_over_and_back(case, kind):
         nn.Flatten(),
         nn.Linear(64, 10),
     )
-    x, y = batch()
+    x, y = (t.to(device) for t in batch())
     # no bias before a batch norm: its gradient is rounding noise, which Adam would scale to full steps
     if case == "layer":
         model = nn.Sequential(
             *(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(4))
         )
         model = nn.Sequential(model, nn.Flatten(), nn.Linear(192, 10))
+    model = model.to(device)
     options = CASES[case] | ({"remove": 2} if "remove" in CASES[case] else {})
     ticket = ticket_of(model, **options)
     twin = copy.deepcopy(model)
@@ -189,8 +191,8 @@ def _survivors(name, tensor, ticket, case):
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("fmt", ["packed", "dense"])
-def test_pruned_weights_stay_exactly_zero(make, fmt):
-    model, (x, y) = resnet(), batch()
+def test_pruned_weights_stay_exactly_zero(make, fmt, device):
+    model, (x, y) = resnet().to(device), (t.to(device) for t in batch())
     ticket = ticket_of(model, "weight", sparsity=0.8)
     sparse = pst.sparsify(model, ticket, plan=fmt)
     options = {"momentum": 0.9} if make is torch.optim.SGD else {}
@@ -204,9 +206,9 @@ def test_pruned_weights_stay_exactly_zero(make, fmt):
         assert (state[name][~mask] == 0).all() and (state[name][mask] != 0).any()
 
 
-def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch):
+def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch, device):
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
-    model, (x, _) = resnet(), batch()
+    model, x = resnet().to(device), batch()[0].to(device)
     ticket = ticket_of(model, "weight", sparsity=0.9)
     sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
     rows = pst.plan(sparse).rows()
@@ -256,10 +258,10 @@ def test_the_whole_step_is_never_slower(monkeypatch, tmp_path):
     assert held == {id(p) for p in sparse.parameters()}
 
 
-def test_filter_tickets_that_are_slower_run_dense(monkeypatch):
+def test_filter_tickets_that_are_slower_run_dense(monkeypatch, device):
     monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", lambda *_: {"dense": 1.0, "layers": 1.5, "tiled": 1.2})
     monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
-    model, (x, _) = resnet(), batch()
+    model, x = resnet().to(device), batch()[0].to(device)
     ticket = ticket_of(model, "filter", remove=40)
     twin = masked_twin(model, ticket)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
@@ -303,17 +305,21 @@ def test_the_fastest_way_to_run_the_model_is_kept(times, formats, monkeypatch):
     assert torch.equal(again(x), sparse(x))
 
 
-def test_planning_moves_no_random_state_and_no_buffer(tmp_path, monkeypatch):
+def random_states(device):
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device == "cuda" else [])]
+
+
+def test_planning_moves_no_random_state_and_no_buffer(tmp_path, monkeypatch, device):
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
-    model, (x, _) = resnet(), batch()
+    model, x = resnet().to(device), batch()[0].to(device)
     ticket = ticket_of(model, "weight", sparsity=0.9)
-    state = torch.get_rng_state()
+    states = random_states(device)
     sparse = pst.sparsify(model, ticket, sample=x)
-    assert torch.equal(state, torch.get_rng_state()) and (sparse.stem_norm.running_mean == 0).all()
+    assert all(map(torch.equal, states, random_states(device))) and (sparse.stem_norm.running_mean == 0).all()
 
 
-def test_a_single_layer_can_be_the_model():
-    layer = nn.Linear(20, 10)
+def test_a_single_layer_can_be_the_model(device):
+    layer = nn.Linear(20, 10).to(device)
     ticket = pst.at_init(layer, score="magnitude", granularity="weight", sparsity=0.5)
     sparse = pst.sparsify(layer, ticket)
     assert isinstance(sparse, pst.nn.MaskedLinear) and isinstance(pst.densify(sparse), nn.Linear)

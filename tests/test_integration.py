@@ -16,18 +16,18 @@ from pysparse_ticket.models import build
 PLANS = ["packed", "dense", "tiled"]
 
 
-def sparse_resnet(plan):
+def sparse_resnet(plan, device="cpu"):
     torch.manual_seed(0)
-    model = build("resnet14", 10, (3, 8, 8))
+    model = build("resnet14", 10, (3, 8, 8)).to(device)
     ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.8)
     return pst.sparsify(model, ticket, plan=plan)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_compiles_without_a_graph_break(plan):
-    model = sparse_resnet(plan)
+def test_compiles_without_a_graph_break(plan, device):
+    model = sparse_resnet(plan, device)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    x, y = torch.randn(5, 3, 8, 8), torch.arange(5)
+    x, y = torch.randn(5, 3, 8, 8, device=device), torch.arange(5, device=device)
     expected, actual = model(x), compiled(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     F.cross_entropy(expected, y).backward()
@@ -37,10 +37,10 @@ def test_compiles_without_a_graph_break(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_autocast_stays_near_float32(plan):
-    model = sparse_resnet(plan).eval()
-    x = torch.randn(5, 3, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_stays_near_float32(plan, device):
+    model = sparse_resnet(plan, device).eval()
+    x = torch.randn(5, 3, 8, 8, device=device)
+    with torch.autocast(device, torch.bfloat16):
         y = model(x)
     expected = model(x)
     # 14 layers, each rounding to 8 bits: sqrt(14) * 2^-8 is 1.5%
@@ -67,9 +67,9 @@ def test_two_ddp_processes_train_as_one_on_the_joint_batch(plan, tmp_path):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_replicas_compute_what_the_model_does(plan):
+def test_replicas_compute_what_the_model_does(plan, device):
     """As nn.DataParallel makes them: shallow copies whose parameters are plain tensors."""
-    model = sparse_resnet(plan).eval()
+    model = sparse_resnet(plan, device).eval()
     modules = dict(model.named_modules())
     copies = {name: module._replicate_for_data_parallel() for name, module in modules.items()}
     for name, module in modules.items():
@@ -79,19 +79,19 @@ def test_replicas_compute_what_the_model_does(plan):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 setattr(copies[name], key, parameter.detach().clone().requires_grad_())
-    x = torch.randn(3, 3, 8, 8)
+    x = torch.randn(3, 3, 8, 8, device=device)
     assert torch.equal(copies[""](x), model(x))
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_checkpoint_loads_with_weights_only_into_either_model(plan, tmp_path):
-    sparse = sparse_resnet(plan).eval()
+def test_checkpoint_loads_with_weights_only_into_either_model(plan, tmp_path, device):
+    sparse = sparse_resnet(plan, device).eval()
     torch.save(sparse.state_dict(), tmp_path / "w.pt")
-    dense = build("resnet14", 10, (3, 8, 8)).eval()
+    dense = build("resnet14", 10, (3, 8, 8)).to(device).eval()
     dense.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    other = sparse_resnet("packed").eval()
+    other = sparse_resnet("packed", device).eval()
     other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    x = torch.randn(3, 3, 8, 8)
+    x = torch.randn(3, 3, 8, 8, device=device)
     expected = sparse(x)
     for model in (dense, other):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -22,16 +22,18 @@ layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 formats = pytest.mark.parametrize("fmt", FORMATS)
 
 
-def make(layer, fmt="packed", density=0.4):
+def make(layer, fmt="packed", density=0.4, device="cpu"):
     cls, dense, shape = layer
     torch.manual_seed(0)
     dense = dense()
-    mask = torch.rand(dense.weight.shape) < density
+    mask = (torch.rand(dense.weight.shape) < density).to(device)
+    x = torch.randn(shape).to(device)
+    dense = dense.to(device)
     masked = cls.from_dense(dense, mask)
     masked.set_format(fmt)
     with torch.no_grad():
         dense.weight *= mask
-    return masked, dense, mask, torch.randn(shape)
+    return masked, dense, mask, x
 
 
 def close(a, b):
@@ -52,8 +54,8 @@ def test_layouts_of_a_convolution_are_formats(fmt):
 
 @formats
 @layers
-def test_equals_the_dense_module_with_zeros(layer, fmt):
-    masked, dense, mask, x = make(layer, fmt)
+def test_equals_the_dense_module_with_zeros(layer, fmt, device):
+    masked, dense, mask, x = make(layer, fmt, device=device)
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, expected = masked(x1), dense(x2)
     assert masked.format == fmt and close(y, expected)
@@ -68,8 +70,8 @@ def test_equals_the_dense_module_with_zeros(layer, fmt):
 
 @formats
 @layers
-def test_weight_mask_and_counts(layer, fmt):
-    masked, dense, mask, x = make(layer, fmt)
+def test_weight_mask_and_counts(layer, fmt, device):
+    masked, dense, mask, x = make(layer, fmt, device=device)
     assert torch.equal(masked.weight, dense.weight) and torch.equal(masked.mask, mask)
     assert masked.nnz == int(mask.sum()) and masked.sparsity == pytest.approx(1 - mask.float().mean().item())
     names = {name for name, _ in masked.named_parameters()} - {"bias"}
@@ -82,8 +84,8 @@ def test_weight_mask_and_counts(layer, fmt):
 
 @formats
 @layers
-def test_state_dict_is_the_dense_one(layer, fmt):
-    masked, dense, _, _ = make(layer, fmt)
+def test_state_dict_is_the_dense_one(layer, fmt, device):
+    masked, dense, _, _ = make(layer, fmt, device=device)
     state = masked.state_dict()
     assert list(state) == list(dense.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(state.values(), dense.state_dict().values(), strict=True))
@@ -96,8 +98,8 @@ def test_state_dict_is_the_dense_one(layer, fmt):
 @formats
 @layers
 @pytest.mark.parametrize("assign", [False, True])
-def test_loads_a_dense_state_dict_and_keeps_what_survives(layer, fmt, assign):
-    masked, dense, mask, x = make(layer, fmt)
+def test_loads_a_dense_state_dict_and_keeps_what_survives(layer, fmt, assign, device):
+    masked, dense, mask, x = make(layer, fmt, device=device)
     nn.init.normal_(dense.weight)
     result = masked.load_state_dict(dense.state_dict(), strict=True, assign=assign)
     assert not result.missing_keys and not result.unexpected_keys
@@ -116,8 +118,8 @@ def test_a_state_dict_that_does_not_fit_is_named(fmt):
 
 @formats
 @layers
-def test_to_dense(layer, fmt):
-    masked, dense, _, x = make(layer, fmt)
+def test_to_dense(layer, fmt, device):
+    masked, dense, _, x = make(layer, fmt, device=device)
     masked.weight_parameter.requires_grad_(False)
     plain = masked.eval().to_dense()
     assert type(plain) is type(dense) and not plain.training and not plain.weight.requires_grad
@@ -126,8 +128,8 @@ def test_to_dense(layer, fmt):
 
 
 @layers
-def test_formats_change_back_and_forth_with_their_gradients(layer):
-    masked, dense, mask, x = make(layer)
+def test_formats_change_back_and_forth_with_their_gradients(layer, device):
+    masked, dense, mask, x = make(layer, device=device)
     masked(x).square().sum().backward()
     grad = masked.dense_like(masked.values.grad)
     packed = [fmt for fmt in masked.FORMATS if fmt != "dense"]
@@ -151,8 +153,8 @@ def test_formats_change_back_and_forth_with_their_gradients(layer):
     ],
     ids=["sgd", "adam", "adamw"],
 )
-def test_optimizers_keep_pruned_weights_at_zero(layer, fmt, make_optimizer):
-    masked, _, mask, x = make(layer, fmt)
+def test_optimizers_keep_pruned_weights_at_zero(layer, fmt, make_optimizer, device):
+    masked, _, mask, x = make(layer, fmt, device=device)
     before = masked.weight.detach().clone()
     optimizer = make_optimizer(masked.parameters())
     for _ in range(3):
@@ -164,8 +166,8 @@ def test_optimizers_keep_pruned_weights_at_zero(layer, fmt, make_optimizer):
 
 
 @formats
-def test_both_formats_train_alike(fmt):
-    masked, dense, mask, x = make(LAYERS["linear"], fmt)
+def test_both_formats_train_alike(fmt, device):
+    masked, dense, mask, x = make(LAYERS["linear"], fmt, device=device)
     for module in (masked, dense):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         for _ in range(5):
@@ -215,8 +217,8 @@ COPIES = {
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
-def test_gradients_of_copies_in_the_dense_format_are_masked(make_copy):
-    masked, _, mask, x = make(LAYERS["linear"], "dense")
+def test_gradients_of_copies_in_the_dense_format_are_masked(make_copy, device):
+    masked, _, mask, x = make(LAYERS["linear"], "dense", device=device)
     twin = make_copy(masked)
     y = twin(x)
     weight = twin.weight
@@ -225,17 +227,17 @@ def test_gradients_of_copies_in_the_dense_format_are_masked(make_copy):
     assert (weight.grad[~mask] == 0).all() and (weight.grad[mask] != 0).all()
 
 
-def test_the_dense_format_keeps_channels_last():
+def test_the_dense_format_keeps_channels_last(device):
     conv = nn.Conv2d(5, 7, 3).to(memory_format=torch.channels_last)
     grouped = nn.Conv2d(6, 6, 3, groups=3).to(memory_format=torch.channels_last)  # stays dense from the start
-    for dense in (conv, grouped):
+    for dense in (conv.to(device), grouped.to(device)):
         masked = MaskedConv2d.from_dense(dense, torch.rand(dense.weight.shape) < 0.5)
         masked.set_format("dense")
         assert masked.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_double_backward_in_the_dense_format():
-    masked, _, mask, x = make(LAYERS["linear"], "dense")
+def test_double_backward_in_the_dense_format(device):
+    masked, _, mask, x = make(LAYERS["linear"], "dense", device=device)
     (grad,) = torch.autograd.grad(masked(x).square().sum(), masked.weight, create_graph=True)
     grad.square().sum().backward()
     assert (grad[~mask] == 0).all() and (masked.weight.grad[~mask] == 0).all() and masked.weight.grad.any()
@@ -265,17 +267,17 @@ def test_moves_to_another_dtype_and_device(layer, fmt):
 
 @formats
 @pytest.mark.parametrize("layer", [LAYERS["linear"], LAYERS["conv"]], ids=["linear", "conv"])
-def test_compiles_without_a_graph_break(layer, fmt):
-    masked, dense, _, x = make(layer, fmt)
+def test_compiles_without_a_graph_break(layer, fmt, device):
+    masked, dense, _, x = make(layer, fmt, device=device)
     compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
     y = compiled(x)
     y.sum().backward()
     assert close(y, dense(x)) and masked.weight_parameter.grad is not None
 
 
-def test_autocast():
-    masked, dense, _, x = make(LAYERS["linear"])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(device):
+    masked, dense, _, x = make(LAYERS["linear"], device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         y = masked(x)
     assert y.dtype == torch.bfloat16
     assert torch.allclose(y.float(), dense(x), rtol=2**-7, atol=2**-6)
@@ -283,9 +285,9 @@ def test_autocast():
 
 @formats
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_zero_and_full_masks(fmt, density):
+def test_zero_and_full_masks(fmt, density, device):
     for layer in (LAYERS["linear"], LAYERS["conv"]):
-        masked, dense, _, x = make(layer, fmt, density)
+        masked, dense, _, x = make(layer, fmt, density, device)
         masked(x).sum().backward()
         assert close(masked(x), dense(x)) and masked.sparsity == 1 - density
 
@@ -301,13 +303,13 @@ UNPACKABLE = {
 
 @pytest.mark.parametrize(("dense", "why"), UNPACKABLE.values(), ids=UNPACKABLE)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_convolutions_that_stay_dense_say_why(dense, why):
-    dense = dense()
-    mask = torch.rand(dense.weight.shape) < 0.5
+def test_convolutions_that_stay_dense_say_why(dense, why, device):
+    dense = dense().to(device)
+    mask = torch.rand(dense.weight.shape, device=device) < 0.5
     masked = MaskedConv2d.from_dense(dense, mask)
     with torch.no_grad():
         dense.weight *= mask
-    x = torch.randn(2, 6, 8, 8)
+    x = torch.randn(2, 6, 8, 8, device=device)
     assert masked.format == "dense" and why in masked.why_dense and masked.why_dense in repr(masked)
     assert torch.equal(masked(x), dense(x)) and torch.equal(masked.to_dense()(x), dense(x))
     with pytest.raises(ValueError, match="this layer cannot be packed"):
@@ -315,8 +317,8 @@ def test_convolutions_that_stay_dense_say_why(dense, why):
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_string_paddings_that_can_be_packed(padding):
-    masked, dense, _, x = make((MaskedConv2d, lambda: nn.Conv2d(5, 7, (3, 5), padding=padding), (2, 5, 8, 8)))
+def test_string_paddings_that_can_be_packed(padding, device):
+    masked, dense, _, x = make((MaskedConv2d, lambda: nn.Conv2d(5, 7, (3, 5), padding=padding), (2, 5, 8, 8)), device=device)
     assert masked.why_dense is None and close(masked(x), dense(x))
 
 

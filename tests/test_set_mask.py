@@ -57,8 +57,8 @@ def test_values_and_moments_by_hand():
 
 @formats
 @layers
-def test_is_the_layer_of_the_new_mask(layer, fmt):
-    masked, dense, mask, x = make(layer, fmt)
+def test_is_the_layer_of_the_new_mask(layer, fmt, device):
+    masked, dense, mask, x = make(layer, fmt, device=device)
     optimizer = trained(masked, x)
     parameter, new = masked.weight_parameter, other_mask(mask, 40)
     weight, grad = masked.weight.detach().clone(), masked.dense_like(parameter.grad)
@@ -81,8 +81,8 @@ def test_is_the_layer_of_the_new_mask(layer, fmt):
 
 @formats
 @layers
-def test_another_number_of_weights(layer, fmt):
-    masked, dense, mask, x = make(layer, fmt)
+def test_another_number_of_weights(layer, fmt, device):
+    masked, dense, mask, x = make(layer, fmt, device=device)
     optimizer = trained(masked, x)
     weight = masked.weight.detach().clone()
     new = mask.clone()
@@ -98,8 +98,8 @@ def test_another_number_of_weights(layer, fmt):
     assert (masked.weight[~new] == 0).all()
 
 
-def test_formats_change_after_it():
-    masked, _, mask, _ = make(LAYERS["conv"])
+def test_formats_change_after_it(device):
+    masked, _, mask, _ = make(LAYERS["conv"], device=device)
     new = other_mask(mask, 30)
     masked.set_mask(new)
     weight = masked.weight.detach().clone()
@@ -131,12 +131,12 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize(("dense", "shape"), GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_dense_gradient_is_that_of_the_dense_layer(dense, shape):
+def test_dense_gradient_is_that_of_the_dense_layer(dense, shape, device):
     torch.manual_seed(0)
-    dense, x = dense(), torch.randn(shape)
+    dense, x = dense().to(device), torch.randn(shape, device=device)
     cls = MaskedLinear if isinstance(dense, nn.Linear) else MaskedConv2d
-    masked = cls.from_dense(dense, torch.rand(dense.weight.shape) < 0.3)
+    masked = cls.from_dense(dense, torch.rand(dense.weight.shape, device=device) < 0.3)
     y = dense(x)
-    grad = torch.randn(y.shape)
+    grad = torch.randn_like(y)
     y.backward(grad)
     torch.testing.assert_close(masked.dense_gradient(x, grad), dense.weight.grad, rtol=1e-4, atol=1e-4)

@@ -3,5 +3,6 @@
 from .clock import Meter, Timing, interleave
 from .cost import macs, parameters, peak_bytes
 from .energy import carbon_intensity
+from .gpu import gpu_facts
 
-__all__ = ["Meter", "Timing", "carbon_intensity", "interleave", "macs", "parameters", "peak_bytes"]
+__all__ = ["Meter", "Timing", "carbon_intensity", "gpu_facts", "interleave", "macs", "parameters", "peak_bytes"]

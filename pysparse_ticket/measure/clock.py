@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -15,6 +16,8 @@ from .energy import Counter, NotMeasured, carbon_intensity, grams_co2, open_coun
 
 SHORTEST_WINDOW = 50  # counter periods: each edge is late by up to one, so joules are within 2%
 PERIOD_PATIENCE = 1.0  # seconds; NVML counters move about every 0.1 s, RAPL's every 1 ms
+SHORTEST_SAMPLE = 2e-3  # seconds between two GPU events; the first launch takes some microseconds of it
+MOST_CALLS = 64
 
 
 class Meter:
@@ -172,25 +175,45 @@ def interleave(
     """Times each arm ``repeats`` times, in turn, after ``warmup`` untimed calls of each.
 
     Round by round another arm goes first, so that drift of the machine (heat, neighbours) falls on all alike. On a GPU
-    each call is waited for. ValueError for no arms or fewer than one repeat.
+    a time is that between two events around as many calls as fill 2 ms (counted in the last warm-up), divided by them:
+    one call's wait for its own launch is no part of a training loop. ValueError for no arms or fewer than one repeat.
     """
     if not arms:
         raise ValueError("there is nothing to time: give at least one arm")
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     device = torch.device(device)
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
     names = list(arms)
+    calls = dict.fromkeys(names, 1)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            synchronize(device)
-            start = time.perf_counter()
-            arms[name]()
-            synchronize(device)
+            if on_gpu:
+                seconds = _between_events(arms[name], calls[name], device)
+            else:
+                start = time.perf_counter()
+                arms[name]()
+                seconds = time.perf_counter() - start
             if turn >= warmup:
-                samples[name].append(time.perf_counter() - start)
+                samples[name].append(seconds)
+            elif on_gpu and turn == warmup - 1:
+                calls[name] = max(1, min(MOST_CALLS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
     return {name: _timing(times) for name, times in samples.items()}
+
+
+def _between_events(arm: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds of one of so many calls in a row, on the GPU's clock."""
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            arm()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def synchronize(device: torch.device) -> None:

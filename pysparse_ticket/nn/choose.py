@@ -90,12 +90,14 @@ def choose_model(
         if "tiled" in forced.values():
             _tile(model, result, "asked for")
         return
-    tiled = copy.deepcopy(model)
-    try:
-        _tile(tiled)
-    except ValueError as reason:
-        tiled = None
-        result.notes.append(f"no chain of tiles: {reason}")
+    tiled = None
+    if not x.is_cuda:  # a chain of tiles is the CPU's; elsewhere it runs its modules one by one
+        tiled = copy.deepcopy(model)
+        try:
+            _tile(tiled)
+        except ValueError as reason:
+            tiled = None
+            result.notes.append(f"no chain of tiles: {reason}")
     arms = {"dense": dense, "layers": model} | ({"tiled": tiled} if tiled is not None else {})
     formats = [(row.layer, row.format, round(row.sparsity, 2)) for row in result.layers]
     key = cache.key("step", dense, tuple(x.shape), x.stride(), formats)

@@ -68,6 +68,8 @@ class MaskedConv2d(MaskedModule):
         return masked_conv2d(x, self.values, self.bias, self.pattern, *geometry, layout=layout)
 
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        if self.col.device.type != "cpu":  # the layouts are the C++ kernels'
+            return ()
         output = output_size(shape[2:], self.kernel_size, self.stride, self.padding_pair, self.dilation)
         return tuple(layout for layout in LAYOUTS if layout != default_layout(shape, output))
 

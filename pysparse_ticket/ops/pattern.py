@@ -74,8 +74,9 @@ class Pattern:
         width = 1
         for n in self.shape[1:]:
             width *= n
-        counts = self.row_ptr.diff().long()
-        return torch.repeat_interleave(torch.arange(rows, device=self.col.device), counts) * width + self.col.long()
+        counts, first = self.row_ptr.diff(), torch.arange(0, rows * width, width or 1, device=self.col.device)
+        # output_size: or a GPU is waited for to learn how many there are
+        return torch.repeat_interleave(first[:rows], counts, output_size=self.nnz) + self.col
 
     def mask(self) -> Tensor:
         out = torch.zeros(self.shape, dtype=torch.bool, device=self.col.device)

@@ -10,19 +10,22 @@ from pathlib import Path
 
 import torch
 
+from ..measure import gpu_facts
 from ..planner import cpu_model
 
 
 def machine() -> dict[str, str | int | None]:
-    """CPU, threads, GPU, versions, git revision (None outside a checkout) and the date."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    """CPU, threads, GPU and its driver (None without one), versions, git revision (None outside a checkout), date."""
+    gpu = gpu_facts() if torch.cuda.is_available() else {}
     return {
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": gpu.get("gpu"),
+        "driver": gpu.get("driver"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "package": importlib.metadata.version("pysparse-ticket"),
+        "triton": gpu.get("triton"),
+        "package": package_version(),
         "revision": revision(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
@@ -30,8 +33,19 @@ def machine() -> dict[str, str | int | None]:
 
 def machine_line(facts: dict | None = None) -> str:
     facts = facts or machine()
-    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    if facts["gpu"]:
+        where = f"{facts['gpu']}, driver {facts.get('driver')}; triton {facts.get('triton')}"
+    else:
+        where = f"{facts['cpu']}, {facts['threads']} threads"
     return f"{where}; torch {facts['torch']}, python {facts['python']}, revision {facts['revision']}, {facts['date']}"
+
+
+def package_version() -> str | None:
+    """None for a checkout that was built in place and never installed."""
+    try:
+        return importlib.metadata.version("pysparse-ticket")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def revision() -> str | None:
