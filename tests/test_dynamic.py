@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -212,6 +213,25 @@ def train(model, optimizer, schedule, data):
         if schedule.step():
             seen.append(schedule.masks())
     return seen
+
+
+@pytest.mark.parametrize("plan", ["packed", "dense"])
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_on_every_device(method, plan, device):
+    model = network().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    schedule = pst.dynamic(model, optimizer, **(OPTIONS | {"method": method, "plan": plan}))
+    seen = train(model, optimizer, schedule, [(x.to(device), y.to(device)) for x, y in batches(9)])
+    assert len(seen) == 5  # after steps 2, 4, 6 and 8
+    for earlier, later in itertools.pairwise(seen):
+        for name, mask in later.items():
+            assert int(mask.sum()) == int(earlier[name].sum())
+    assert any(not torch.equal(seen[0][name], mask) for name, mask in seen[-1].items())
+    for name, mask in seen[-1].items():
+        weight = model.get_submodule(name.rpartition(".")[0]).weight
+        assert weight.device.type == device and (weight[~mask.to(device)] == 0).all()
+    state = optimizer.state_dict()["state"].values()
+    assert all(t.device.type == device for one in state for t in one.values() if t.dim())
 
 
 @pytest.mark.parametrize("plan", ["packed", "dense", "tiled"])

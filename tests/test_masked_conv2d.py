@@ -95,7 +95,7 @@ def check(x, values, bias, pattern, geometry, grad_like=None, seed=1, layout=Non
     oracle = [t.detach().double().requires_grad_() for t in (x, values, bias)]
     y = masked_conv2d(*mine, pattern, *geometry, layout=layout)
     want = masked_conv2d_reference(*oracle, pattern, *geometry)
-    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed))
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
     y.backward(grad_like(grad) if grad_like else grad)
     want.backward(grad.double())
     taps = pattern.shape[2] * pattern.shape[3]
@@ -117,6 +117,15 @@ def threads(request):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_dense(shape, layout, isa, poison):
     check(*make(shape), layout=layout)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_dense_on_every_device(shape, memory, device):
+    """On the backend that the device takes unasked."""
+    x, values, bias, pattern, geometry = make(shape)
+    there = Pattern.from_mask(pattern.mask().to(device))
+    check(x.to(device, memory_format=memory), values.to(device), bias.to(device), there, geometry)
 
 
 @pytest.mark.parametrize("shape", ["3x3", "8x8 two tiles", "1x1", "3x3 stride 2", "stride 3x2", "dilated strided"])

@@ -318,7 +318,9 @@ def test_convolutions_that_stay_dense_say_why(dense, why, device):
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_string_paddings_that_can_be_packed(padding, device):
-    masked, dense, _, x = make((MaskedConv2d, lambda: nn.Conv2d(5, 7, (3, 5), padding=padding), (2, 5, 8, 8)), device=device)
+    masked, dense, _, x = make(
+        (MaskedConv2d, lambda: nn.Conv2d(5, 7, (3, 5), padding=padding), (2, 5, 8, 8)), device=device
+    )
     assert masked.why_dense is None and close(masked(x), dense(x))
 
 
