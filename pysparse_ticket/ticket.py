@@ -170,6 +170,17 @@ def clone_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def odd_entry(model: nn.Module, state: Mapping[str, Tensor], missing: str) -> tuple[str, str, str] | None:
+    """The first entry in which a state of another network differs: its name, its shape in ``state`` and in the model,
+    ``missing`` where there is none. None for a state of this network."""
+    own = model.state_dict()
+    for name in (*own, *state):
+        theirs, ours = (str(list(entries[name].shape)) if name in entries else missing for entries in (state, own))
+        if ours != theirs:
+            return name, theirs, ours
+    return None
+
+
 def overlap(*tickets: Ticket | Mapping[str, Tensor]) -> dict[str, float]:
     """How much two or more tickets share: ``overlap``, ``iou`` and ``chance``.
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..scores.activation import bypassed, outputs_of, pairs_of
+from ..scores.activation import bypassed, outputs_of
+from ..scores.batches import pairs_of
 from ..scores.similarity import linear_cka
 from ..structure import find_blocks
 from ..ticket import Ticket, TicketError

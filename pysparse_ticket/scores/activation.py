@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Pairs, pairs_of
 from .magnitude import PRUNABLE, prunable
 from .similarity import linear_cka, pls_vip
-
-Pairs = list[tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
@@ -175,18 +174,6 @@ BLOCK_SCORES = {
     "filter-l1": filter_l1,
     "random": random_block,
 }
-
-
-def pairs_of(batches) -> Pairs:
-    """x, (x, y) or a list of either as a list of (x, y or None)."""
-    if isinstance(batches, Tensor):
-        return [(batches, None)]
-    if isinstance(batches, tuple | list) and len(batches) == 2 and isinstance(batches[0], Tensor):
-        return [tuple(batches)]
-    pairs = [(b, None) if isinstance(b, Tensor) else (b[0], b[1] if len(b) > 1 else None) for b in batches or ()]
-    if not pairs:
-        raise ValueError("this score needs data: pass batches=(x, y) or a list of such pairs")
-    return pairs
 
 
 def _trained_copy(model: nn.Module, batches, blocks: Sequence[str]) -> tuple[nn.Module, Pairs]:

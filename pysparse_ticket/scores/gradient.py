@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Batch, labelled
 from .magnitude import prunable
 
-Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 BN_MODES = ("train", "eval")
 
@@ -22,15 +22,6 @@ def _scoring_copy(model: nn.Module, bn_mode: str) -> tuple[nn.Module, dict[str, 
     twin = copy.deepcopy(model)
     twin.train(bn_mode == "train")
     return twin, prunable(twin)
-
-
-def _batches(batches: Iterable[Batch] | Batch | None) -> list[Batch]:
-    if isinstance(batches, tuple | list) and len(batches) == 2 and isinstance(batches[0], Tensor):
-        batches = [tuple(batches)]
-    found = [] if batches is None or isinstance(batches, Tensor) else list(batches)
-    if not found:
-        raise ValueError("this score needs data with labels: pass batches=(x, y) or a list of such pairs")
-    return found
 
 
 def _gradients(output: Tensor, weights: dict[str, nn.Parameter], **options) -> list[Tensor]:
@@ -83,7 +74,7 @@ def snip_scaled(
 
 
 def _sensitivity(twin: nn.Module, weights: dict[str, nn.Parameter], batches, loss: Loss) -> dict[str, Tensor]:
-    grads = _mean_gradient(twin, weights, _batches(batches), loss)
+    grads = _mean_gradient(twin, weights, labelled(batches), loss)
     return {name: (w.detach() * g).abs().double() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
@@ -92,7 +83,7 @@ def grasp_signed(
 ) -> dict[str, Tensor]:
     """theta dL/dtheta with its sign: reading (b) of GraSP as Jordao et al. 2023 describe it."""
     twin, weights = _scoring_copy(model, bn_mode)
-    grads = _mean_gradient(twin, weights, _batches(batches), loss)
+    grads = _mean_gradient(twin, weights, labelled(batches), loss)
     return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
 
 
@@ -112,7 +103,7 @@ def grasp(
     model must consist of twice differentiable operations.
     """
     twin, weights = _scoring_copy(model, bn_mode)
-    found = _batches(batches)
+    found = labelled(batches)
 
     def cooled(x: Tensor, y: Tensor) -> Tensor:
         return loss(twin(x) / temperature, y)

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .batches import first_input
 from .magnitude import prunable
-
-
-def first_input(batches) -> Tensor | None:
-    """The first x of ``(x, y)``, of a list of such pairs or of inputs, or the tensor itself; None if there is none."""
-    if isinstance(batches, tuple | list) and batches:
-        return first_input(batches[0])
-    return batches if isinstance(batches, Tensor) else None
 
 
 def synflow(model: nn.Module, batches=None, *, in_shape: Sequence[int] | None = None, **_) -> dict[str, Tensor]:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ..granularity import pool_layers
 from ..scores import BLOCK_SCORES, SCORES, lookup
-from ..scores.activation import bypassed, pairs_of
-from ..scores.gradient import Batch, Loss
+from ..scores.activation import bypassed
+from ..scores.batches import Batch, pairs_of
+from ..scores.gradient import Loss
 from ..select import check_scores, drop_lowest_blocks
 from ..structure import find_blocks
-from ..ticket import Ticket, fingerprint
-from .at_init import _own_randomness, at_init
+from ..ticket import Ticket, fingerprint, odd_entry
+from .at_init import at_init
 from .controls import fresh_state
+from .randomness import seeded
 
 
 def after_training(
@@ -110,7 +112,7 @@ def after_training(
             return {name: drawn[name] for name in names}
         if score in BLOCK_SCORES:
             return BLOCK_SCORES[score](twin, batches, names, **options)
-        with _own_randomness(twin, seed):
+        with seeded(twin, seed):
             weights = lookup(score)(twin, batches, loss=loss, bn_mode=bn_mode, seed=seed)
         check_scores(weights)
         return pool_layers(weights, names, aggregate)
@@ -159,12 +161,7 @@ def _start(model: nn.Module, rewind, reinit, seed: int) -> dict[str, Tensor] | N
         rewind = fresh_state(model, seed, reinit if callable(reinit) else None)
     if rewind is None:
         return None
-    own = model.state_dict()
-    for name in (*own, *rewind):
-        ours = list(own[name].shape) if name in own else "nothing"
-        theirs = list(rewind[name].shape) if name in rewind else "nothing"
-        if ours != theirs:
-            raise ValueError(
-                f"the rewind state is not of this network: it holds {theirs} under {name}, the model {ours}"
-            )
-    return {name: rewind[name].detach().clone() for name in own}
+    if odd := odd_entry(model, rewind, "nothing"):
+        name, theirs, ours = odd
+        raise ValueError(f"the rewind state is not of this network: it holds {theirs} under {name}, the model {ours}")
+    return {name: rewind[name].detach().clone() for name in model.state_dict()}

@@ -6,8 +6,7 @@ Blocks of layers after Jordao et al. 2023, algorithm 2; steps after Tanaka et al
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from ..granularity import expand_blocks, keep_n_of_m, parse, pool_blocks, pool_layers, pool_units
 from ..scores import lookup
-from ..scores.gradient import Batch, Loss
-from ..scores.synflow import first_input
+from ..scores.batches import Batch, first_input
+from ..scores.gradient import Loss
 from ..select import check_scope, check_scores, drop_lowest_blocks, drop_lowest_units, keep_top
 from ..structure import find_blocks, find_channels
-from ..ticket import Ticket, clone_state, fingerprint
+from ..ticket import Ticket, clone_state, fingerprint, odd_entry
+from .randomness import seeded
 
 
 def at_init(
@@ -90,10 +90,14 @@ def at_init(
     if batches is not None and not isinstance(batches, Tensor | tuple | list):
         batches = list(batches)
     if state is not None:
-        model = _with_state(model, state)
+        if odd := odd_entry(model, state, "missing"):
+            name, theirs, ours = odd
+            raise ValueError(f"the state is of another architecture: {name} is {theirs} in it and {ours} in the model")
+        model = copy.deepcopy(model)
+        model.load_state_dict(state)
 
     def judge(subject: nn.Module, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        with _own_randomness(subject, seed):
+        with seeded(subject, seed):
             scores = scorer(subject, batches, loss=loss, bn_mode=bn_mode, seed=seed, in_shape=in_shape, masks=kept)
         check_scores(scores)
         return scores
@@ -158,16 +162,6 @@ def _pool_block_scores(score, scores, candidates, aggregate: str, seed: int) -> 
     return pool_layers(scores, candidates, aggregate)
 
 
-@contextmanager
-def _own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
-    """Dropout draws from ``seed`` on within it; the user's generators stand afterwards where they stood before."""
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=cuda):
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
-            generator.manual_seed(seed)
-        yield
-
-
 def _sample(batches, in_shape: Sequence[int] | None) -> Tensor:
     sample = first_input(batches)
     if sample is None and in_shape is not None:
@@ -206,21 +200,6 @@ def _cut_in_steps(
             for name, mask in masks.items():
                 twin.get_parameter(name).mul_(mask)
     return masks
-
-
-def _with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model at that state; ValueError naming the first entry that does not fit."""
-    twin = copy.deepcopy(model)
-    own = twin.state_dict()
-    for name in [*own, *state]:
-        ours, theirs = own.get(name), state.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            said = [f"{list(t.shape)}" if t is not None else "missing" for t in (theirs, ours)]
-            raise ValueError(
-                f"the state is of another architecture: {name} is {said[0]} in it and {said[1]} in the model"
-            )
-    twin.load_state_dict(state)
-    return twin
 
 
 def _drop_filters(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ticket import Ticket, TicketError
+from ..ticket import Ticket, TicketError, clone_state
+from .randomness import seeded
 
 
 def shuffle_masks(ticket: Ticket, seed: int = 0) -> Ticket:
@@ -18,17 +19,18 @@ def shuffle_masks(ticket: Ticket, seed: int = 0) -> Ticket:
     same rewind state. TicketError for a ticket of layers, which has nothing within a layer to permute."""
     _check_maskable(ticket)
     generator = torch.Generator().manual_seed(seed)
-
-    def shuffled(mask: Tensor) -> Tensor:
-        order = torch.randperm(mask.numel(), generator=generator)
-        return mask.reshape(-1)[order].reshape(mask.shape)
-
     return replace(
         ticket,
-        masks={name: shuffled(mask) for name, mask in ticket.masks.items()},
-        filters={name: shuffled(mask) for name, mask in ticket.filters.items()},
+        masks={name: shuffled(mask, generator) for name, mask in ticket.masks.items()},
+        filters={name: shuffled(mask, generator) for name, mask in ticket.filters.items()},
         provenance=ticket.provenance | {"control": "shuffle", "control seed": seed},
     )
+
+
+def shuffled(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """The mask with its entries permuted."""
+    order = torch.randperm(mask.numel(), generator=generator)
+    return mask.reshape(-1)[order].reshape(mask.shape)
 
 
 def random_mask(ticket: Ticket, seed: int = 0) -> Ticket:
@@ -73,8 +75,7 @@ def fresh_state(model: nn.Module, seed: int, init: Callable[[nn.Module], Any] | 
     ValueError for a module that holds parameters of its own and cannot draw them.
     """
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(twin, seed):
         if init is not None:
             init(twin)
         for name, module in twin.named_modules() if init is None else ():
@@ -85,7 +86,7 @@ def fresh_state(model: nn.Module, seed: int, init: Callable[[nn.Module], Any] | 
                     f"{name or 'the model'}, a {type(module).__name__}, has parameters and no reset_parameters(); pass "
                     "a function that draws the model's weights in place"
                 )
-    return {name: tensor.detach().clone() for name, tensor in twin.state_dict().items()}
+    return clone_state(twin)
 
 
 def _check_maskable(ticket: Ticket) -> None:

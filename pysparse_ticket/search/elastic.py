@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scores.gradient import Batch, Loss, snip
+from ..scores.batches import Batch
+from ..scores.gradient import Loss, snip
 from ..select import keep_top
-from ..ticket import Architecture, Ticket, TicketError, fingerprint
+from ..ticket import Architecture, Ticket, TicketError, clone_state, fingerprint
+from .controls import shuffled
 from .mapping import ORDERS, StageMap, check_stage, read_mapping, stage_mapping, write_mapping
+from .randomness import seeded
 from .units import Stage, Unit, find_stages, named_stages
 
 CONTROLS = ("random-mask", "random-added", "reinit", "snip-added")
@@ -93,14 +96,14 @@ def elastic(
     if control in ("random-added", "snip-added") and not added:
         raise ValueError(f"control {control!r} masks added units, but this mapping adds none")
     if control == "reinit":
-        rewind = {name: tensor.detach().clone() for name, tensor in target.state_dict().items()}
+        rewind = clone_state(target)
     elif control == "snip-added":
         masks |= _snip_masks(target, masks, rewind, added, ticket.sparsity, batches, loss, bn_mode, seed)
     elif control is not None:
         draws = torch.Generator().manual_seed(seed)
         for name, mask in masks.items():
             if control == "random-mask" or name.startswith(added):
-                masks[name] = mask.reshape(-1)[torch.randperm(mask.numel(), generator=draws)].reshape(mask.shape)
+                masks[name] = shuffled(mask, draws)
 
     result = Ticket(masks=masks, rewind=rewind, architecture=theirs)
     result.provenance = {
@@ -230,8 +233,7 @@ def _snip_masks(
         for name, weight in twin.named_parameters():
             if name in masks and not name.startswith(added):
                 weight *= masks[name].to(weight.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(twin, seed):
         scores = snip(twin, batches, loss=loss, bn_mode=bn_mode)
     pooled = {name: score for name, score in scores.items() if name in masks and name.startswith(added)}
     return {name: mask.cpu() for name, mask in keep_top(pooled, sparsity).items()}
