@@ -67,27 +67,33 @@ class Ticket:
 
     @property
     def sparsity(self) -> float:
-        """Share of the prunable weights removed, in [0, 1].
+        """Share of the prunable weights removed, in [0, 1]; what counts as such says :meth:`counts`."""
+        counts = self.counts().values()
+        total = sum(size for _, size in counts)
+        return (total - sum(kept for kept, _ in counts)) / total if total else 0.0
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """{prunable tensor: (weights that survive, weights)}, in model order.
 
         Prunable are the masked tensors or, in a ticket without masks, every parameter of 2 or more dimensions. A
         removed filter counts its own weights, not those of its consumers' input channels.
         """
         gone = tuple(f"{name}." for name in self.removed_blocks)
-        total = removed = 0
+        found = {}
         for name, shape in self.architecture or ((n, tuple(m.shape)) for n, m in self.masks.items()):
             mask = self.masks.get(name)
             if (mask is None) if self.masks else len(shape) < 2:
                 continue
-            size = math.prod(shape)
-            total += size
-            kept_filters = self.filters.get(name.removesuffix(".weight"))
+            kept = size = math.prod(shape)
+            filters = self.filters.get(name.removesuffix(".weight"))
             if name.startswith(gone):
-                removed += size
+                kept = 0
             elif mask is not None:
-                removed += size - int(mask.sum())
-            elif kept_filters is not None:
-                removed += size // shape[0] * int((~kept_filters).sum())
-        return removed / total if total else 0.0
+                kept = int(mask.sum())
+            elif filters is not None:
+                kept = size // shape[0] * int(filters.sum())
+            found[name] = kept, size
+        return found
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`TicketError` naming the first difference if the model is not the ticket's architecture."""

@@ -12,13 +12,7 @@ from torch import nn
 import pysparse_ticket as pst
 from pysparse_ticket.search.pieces import Schedule
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kept(ticket):

@@ -13,13 +13,7 @@ from pysparse_ticket import checkpoint
 from pysparse_ticket.search.level_store import LevelStore
 from pysparse_ticket.search.rewinding import capture, restore_carry, restore_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ending(search, model, optimizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,26 +30,8 @@ class LayerProfile:
 
 
 def layer_profile(ticket: Ticket) -> list[LayerProfile]:
-    """Every prunable tensor of the ticket in model order, counted as :attr:`Ticket.sparsity` counts: their sums agree.
-
-    Prunable are the masked tensors or, in a ticket without masks, every parameter of 2 or more dimensions.
-    """
-    gone = tuple(f"{name}." for name in ticket.removed_blocks)
-    rows = []
-    for name, shape in ticket.architecture or ((n, tuple(m.shape)) for n, m in ticket.masks.items()):
-        mask = ticket.masks.get(name)
-        if (mask is None) if ticket.masks else len(shape) < 2:
-            continue
-        total = kept = math.prod(shape)
-        filters = ticket.filters.get(name.removesuffix(".weight"))
-        if name.startswith(gone):
-            kept = 0
-        elif mask is not None:
-            kept = int(mask.sum())
-        elif filters is not None:
-            kept = total // shape[0] * int(filters.sum())
-        rows.append(LayerProfile(name, kept, total))
-    return rows
+    """Every prunable tensor of the ticket in model order, as :meth:`Ticket.counts` has them."""
+    return [LayerProfile(name, kept, total) for name, (kept, total) in ticket.counts().items()]
 
 
 def collapsed_layers(ticket: Ticket, model: nn.Module | None = None, sample: Tensor | None = None) -> dict[str, str]:
