@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -45,12 +46,13 @@ def erk_budgets(
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()} if sizes is None else sizes
     total = budget(sparsity, sum(sizes.values()))
-    ratios = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    # exact: in floats the remainders of two tensors that tie differ in the last bit, and not by the rule
+    shares = {name: Fraction(sum(shape) * sizes[name], math.prod(shape)) for name, shape in shapes.items()}
     dense: set[str] = set()
     while True:
         left = total - sum(sizes[name] for name in dense)
-        share = sum(ratios[name] * sizes[name] for name in sizes if name not in dense)
-        exact = {n: float(sizes[n]) if n in dense else ratios[n] * sizes[n] * left / share for n in sizes}
+        share = sum(shares[name] for name in sizes if name not in dense)
+        exact = {n: Fraction(sizes[n]) if n in dense else shares[n] * left / share for n in sizes}
         above = {n for n in sizes if n not in dense and exact[n] > sizes[n]}
         if not above:
             break

@@ -94,6 +94,11 @@ def test_erk_shares_tiles_by_the_shape_of_the_weights():
     assert erk_budgets(shapes, 0.5, {"a": 16, "b": 4}) == {"a": 6, "b": 4}
 
 
+def test_erk_gives_equal_remainders_to_the_earlier_tensors():
+    # 4 of 11 weights by 2 : 5 : 5 are 2/3, 5/3 and 5/3; in floats the remainder of the first is the smallest
+    assert erk_budgets({"a": (1, 1), "b": (4, 1), "c": (3, 2)}, 1 - 4 / 11) == {"a": 1, "b": 2, "c": 1}
+
+
 def test_erk_of_a_resnet_20_is_exact():
     scores = magnitude(build("resnet20", 10, (3, 8, 8)))
     masks = keep_top(scores, 0.9, scope="erk")
