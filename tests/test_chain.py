@@ -248,14 +248,33 @@ class TwoInputs(Untraceable):
         return self.body(x) + y
 
 
+class FunctionalDropout(Untraceable):
+    def forward(self, x):
+        return F.dropout(self.body(x), 0.5, self.training)
+
+
+class ReluBehindABack(nn.Module):
+    """The sum reads what the ReLU has changed by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.relu, self.two = conv(3, 4), nn.ReLU(inplace=True), conv(4, 4)
+
+    def forward(self, x):
+        y = self.one(x)
+        return self.two(self.relu(y)) + y
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (Untraceable(), "Untraceable cannot be traced"),
         (TwoInputs(), "takes more than one input"),
         (nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 3)), "fewer than two sparse convolutions"),
+        (FunctionalDropout(), "FunctionalDropout asks for self.training in a forward"),
+        (ReluBehindABack(), "one is changed in place by relu and read again by add"),
     ],
-    ids=["data-dependent", "two-inputs", "one-convolution"],
+    ids=["data-dependent", "two-inputs", "one-convolution", "functional-dropout", "in-place"],
 )
 def test_what_cannot_be_chained_says_why(model, words):
     ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.5)

@@ -21,10 +21,10 @@ from ..ops.masked_conv2d import is_channels_last
 from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 from ..ops.tiled_norm_conv2d import Raw, tiled_norm, tiled_norm_conv2d
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
-from .layer_skip import LayerSkip
 from .linear_chain import chain_linears, find_linear_runs, linear_names
 from .masked_conv2d import MaskedConv2d, resolve_padding
 from .tile_operands import Tileable, drop_pattern, keep_pattern, operands
+from .trace import trace
 
 NORMS = (nn.BatchNorm2d, CompactBatchNorm2d)
 
@@ -65,21 +65,15 @@ class _Unit:
     relu: bool = False
 
 
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        ours = type(module).__module__.startswith(__package__)
-        return ours or super().is_leaf_module(module, name)
-
-
 def tile_chain(model: nn.Module) -> nn.Module:
     """Give the model a forward that runs its sparse convolutions in batch tiles, its masked linear layers in tiles of
     samples (``nn/linear_chain.py``), or both, and return it. A convolution that the ticket left whole joins where it
     feeds a sparse one or is fed by it.
 
-    ValueError with the reason when it cannot be traced, has no two of either in a row, or takes more than one input;
-    the model is then as before.
+    ValueError with the reason when it has no two of either in a row or cannot be traced (:func:`.trace.trace`); the
+    model is then as before.
     """
-    graph, modules = _trace(model)
+    graph, modules = trace(model)
     units, runs = _find_units(graph, modules), find_linear_runs(graph, modules, _is_relu)
     if len(units) < 2 and not runs:
         raise ValueError(
@@ -96,18 +90,6 @@ def tile_chain(model: nn.Module) -> nn.Module:
     own = type(model)
     model.__class__ = type(f"Tiled{own.__name__}", (TiledChain, own), {"_tiled_forward": namespace["forward"]})
     return model
-
-
-def _trace(model: nn.Module) -> tuple[torch.fx.Graph, dict[str, nn.Module]]:
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code and may raise anything
-        raise ValueError(f"{type(model).__name__} cannot be traced: {error}") from error
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        raise ValueError(f"{type(model).__name__} takes more than one input")
-    modules = dict(model.named_modules())
-    _drop_identities(graph, modules)
-    return graph, modules
 
 
 def untile(model: nn.Module) -> nn.Module:
@@ -264,13 +246,6 @@ def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: 
     return new
 
 
-def _drop_identities(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules[node.target], LayerSkip | nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
 def _arguments(x: Tensor | Raw, root: Tensor, halo: int, conv: Tileable) -> tuple:
     values, pattern = operands(conv)[:2]
     return x, root.shape[0], halo, values, pattern, conv.stride, resolve_padding(conv), conv.dilation
@@ -310,7 +285,7 @@ def _mean(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
 
 def chained_layers(model: nn.Module) -> list[str]:
     """Names of the sparse layers that a tiled model runs in its chains; ValueError as :func:`tile_chain`."""
-    graph, modules = _trace(model)
+    graph, modules = trace(model)
     units = [unit.conv.target for unit in _find_units(graph, modules).values()]
     convs = [name for name in units if type(modules[name]) is not nn.Conv2d] if len(units) >= 2 else []
     return convs + linear_names(find_linear_runs(graph, modules, _is_relu))
