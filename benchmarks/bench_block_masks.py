@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from harness import SPARSITIES, Case, layer_flops, main
-from layers import dense_rivals, module_arm, sparse_tensor_arm
+from layers import conv_site, dense_rivals, module_arm, sparse_tensor_arm
 from torch import Tensor, nn
 
 from pysparse_ticket.granularity import expand_blocks, keep_n_of_m
@@ -55,11 +55,8 @@ def linear(options: argparse.Namespace) -> Case:
 
 
 def conv(options: argparse.Namespace) -> Case:
-    batch, channels, side = CONV
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    x, grad = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
-    macs = grad.numel() * channels * 9
-    case = Case(f"3x3 64ch 8x8, batch {batch}", dense_rivals(layer, x, grad, options), layer_flops(macs))
+    layer, x, grad, macs = conv_site(*CONV)
+    case = Case(f"3x3 64ch 8x8, batch {CONV[0]}", dense_rivals(layer, x, grad, options), layer_flops(macs))
     for sparsity in options.sparsity:
         for height, width in CONV_BLOCKS:
             mask = block_mask(layer.weight.shape, height, width * 9, sparsity)

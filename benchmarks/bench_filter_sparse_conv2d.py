@@ -17,7 +17,7 @@ from itertools import pairwise
 import networks
 import torch
 from harness import Arm, Case, layer_flops, main
-from layers import checked, dense_rivals, oracle, passes
+from layers import checked, conv_site, dense_rivals, oracle, passes
 from torch import Tensor, nn
 
 import pysparse_ticket as pst
@@ -57,9 +57,7 @@ def module_arm(
 
 def layer_case(shape: str, options: argparse.Namespace) -> Case:
     batch, channels, side = SHAPES[shape]
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    x, grad = torch.randn(batch, channels, side, side), torch.randn(batch, channels, side, side)
-    macs = grad.numel() * channels * 9
+    layer, x, grad, macs = conv_site(batch, channels, side)
     case = Case(f"{shape}, batch {batch}", dense_rivals(layer, x, grad, options), layer_flops(macs))
     for sparsity in options.sparsity:
         kept = networks.keep(channels, sparsity), networks.keep(channels, sparsity)

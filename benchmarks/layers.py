@@ -20,6 +20,13 @@ Function = Callable[[Tensor], Tensor]
 Plain = Callable[[str, Tensor], Tensor]
 
 
+def conv_site(batch: int, channels: int, side: int) -> tuple[nn.Conv2d, Tensor, Tensor, int]:
+    """A 3x3 convolution that keeps its image's size, with an input, an output gradient and its multiply-adds."""
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    x, grad = (torch.randn(batch, channels, side, side) for _ in range(2))
+    return layer, x, grad, grad.numel() * channels * 9
+
+
 def passes(function: Function, x: Tensor, parameters: Sequence[Tensor], grad: Tensor, options) -> Calls:
     """forward, dX, dW, step and, if asked for, bf16 of ``function(x)``; the weight is the first of its parameters."""
     weight, *_ = parameters

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bench_masked_conv2d import chain_arm
-from layers import module_arm
+from bench_masked_conv2d import chain_arm  # noqa: F401  (the fixture "chain" takes it)
+from layers import conv_site
 from torch import nn
 
 from pysparse_ticket.nn import MaskedConv2d
@@ -15,21 +15,9 @@ BATCH, CHANNELS, SIDE = 128, 64, 8
 
 @pytest.fixture(scope="module")
 def site(sparsity, options):
-    """The arguments of an arm: module, sparsity, x, gradient, multiply-adds, options."""
-    layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+    layer, x, grad, macs = conv_site(BATCH, CHANNELS, SIDE)
     module = MaskedConv2d.from_dense(layer, torch.rand(layer.weight.shape) >= sparsity)
-    x, grad = (torch.randn(BATCH, CHANNELS, SIDE, SIDE) for _ in range(2))
-    return module, sparsity, x, grad, grad.numel() * CHANNELS * 9, options
-
-
-@pytest.fixture(scope="module")
-def alone(site):
-    return module_arm("alone", *site)
-
-
-@pytest.fixture(scope="module")
-def chain(site):
-    return chain_arm(*site)
+    return module, sparsity, x, grad, macs, options
 
 
 def test_masked_conv2d(benchmark, alone, one_pass):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from bench_masked_linear import chain_arm
-from layers import module_arm
+from bench_masked_linear import chain_arm  # noqa: F401  (the fixture "chain" takes it)
 from torch import nn
 
 from pysparse_ticket.nn import MaskedLinear
@@ -11,20 +10,9 @@ from pysparse_ticket.nn import MaskedLinear
 
 @pytest.fixture(scope="module")
 def site(sparsity, options):
-    """The arguments of an arm: module, sparsity, x, gradient, multiply-adds, options."""
     layer = nn.Linear(1024, 1024)
     module = MaskedLinear.from_dense(layer, torch.rand(1024, 1024) >= sparsity)
     return module, sparsity, torch.randn(512, 1024), torch.randn(512, 1024), 512 * 1024 * 1024, options
-
-
-@pytest.fixture(scope="module")
-def alone(site):
-    return module_arm("alone", *site)
-
-
-@pytest.fixture(scope="module")
-def chain(site):
-    return chain_arm(*site)
 
 
 def test_masked_linear(benchmark, alone, one_pass):
