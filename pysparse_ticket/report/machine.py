@@ -15,7 +15,7 @@ from ..planner import cpu_model
 
 
 def machine() -> dict[str, str | int | None]:
-    """CPU, threads, GPU and its driver (None without one), versions, git revision (None outside a checkout), date."""
+    """CPU, threads, GPU and its driver (None without one), versions, git revision (None where it is not known), date."""
     gpu = gpu_facts() if torch.cuda.is_available() else {}
     return {
         "cpu": cpu_model(),
@@ -49,12 +49,18 @@ def package_version() -> str | None:
 
 
 def revision() -> str | None:
-    """The checkout's commit, with "+" when files differ from it."""
+    """The checkout's commit, with "+" when files differ from it; None where git cannot say."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10).stdout.strip()
+        command = ["git", "-C", root, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, not its owner, or a slow disk
+        return None
