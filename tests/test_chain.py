@@ -248,6 +248,55 @@ class TwoInputs(Untraceable):
         return self.body(x) + y
 
 
+class Between(nn.Module):
+    """Two convolutions with a function of the first one's output, and a parameter, between them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.one, self.two, self.place = conv(3, 4), conv(4, 4), nn.Parameter(torch.randn(1, 4, 8, 8))
+        self.function = function
+
+    def forward(self, x):
+        return self.two(self.function(self.one(x), self.place))
+
+
+class Broadcast(Between):
+    def forward(self, x):
+        y = self.one(x)
+        return self.two(y) + y.mean((2, 3), keepdim=True)
+
+
+def sparse(model):
+    ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.5)
+    return pst.sparsify(copy.deepcopy(model), ticket), ticket
+
+
+def test_a_parameter_is_added_to_every_sample():
+    modules, _ = sparse(Between(lambda y, place: y + place))
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(tile_chain(copy.deepcopy(modules))(x), modules(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Between(lambda y, place: y + place * 2), "keeps its input's 5 samples, but meets a tensor of 1"),
+        (Between(lambda y, _: torch.cat([y, y.flip(3)])), "keeps its input's 5 samples, but meets a tensor of 10"),
+        (Broadcast(None), "the residual has shape"),
+    ],
+    ids=["computed-parameter", "twice-the-samples", "broadcast"],
+)
+def test_shapes_that_tiles_do_not_have_are_refused_and_run_by_layers(model, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))  # the models are alike but for their code
+    modules, ticket = sparse(model)
+    x = torch.randn(5, 3, 8, 8)
+    with pytest.raises(ValueError, match=words):
+        tile_chain(copy.deepcopy(modules))(x)
+    auto = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
+    assert words in str(pst.plan(auto)) and not isinstance(auto, TiledChain)
+    torch.testing.assert_close(auto(x), modules(x), rtol=1e-4, atol=1e-4)
+
+
 class FunctionalDropout(Untraceable):
     def forward(self, x):
         return F.dropout(self.body(x), 0.5, self.training)

@@ -169,7 +169,8 @@ def _other_summand(node: torch.fx.Node, one: torch.fx.Node) -> torch.fx.Node | N
         return None
     first, second = node.args
     other = second if first is one else first
-    return other if isinstance(other, torch.fx.Node) and other is not one else None
+    # a parameter or buffer has no samples, and is broadcast
+    return other if isinstance(other, torch.fx.Node) and other is not one and other.op != "get_attr" else None
 
 
 def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -211,7 +212,7 @@ def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: 
         if node in raw:
             tiled[node] = new.call_function(_norm, (raw.pop(node), root, halo))
         if node not in tiled:
-            tiled[node] = new.call_function(tile_pack, (plain[node], halo))
+            tiled[node] = new.call_function(_pack, (plain[node], root, halo))
         return tiled[node]
 
     for node in graph.nodes:
@@ -273,6 +274,12 @@ def _run_raw(
 
 def _norm(raw: Raw, root: Tensor, halo: int) -> Tensor:
     return tiled_norm(raw, root.shape[0], halo)
+
+
+def _pack(x: Tensor, root: Tensor, halo: int) -> Tensor:
+    if len(x) != len(root):
+        raise ValueError(f"a chain of tiles keeps its input's {len(root)} samples, but meets a tensor of {len(x)}")
+    return tile_pack(x, halo)
 
 
 def _unpack(tiles: Tensor, root: Tensor, halo: int) -> Tensor:

@@ -102,7 +102,13 @@ def choose_model(
     formats = [(row.layer, row.format, round(row.sparsity, 2)) for row in result.layers]
     key = cache.key("step", dense, tuple(x.shape), x.stride(), formats)
     try:
-        times = cache.get_or_race(key, lambda: race_steps(arms, x))
+        try:
+            times = cache.get_or_race(key, lambda: race_steps(arms, x))
+        except ValueError as reason:  # shapes that only a run shows, such as a sum that broadcasts
+            if arms.pop("tiled", None) is None:
+                raise
+            result.notes.append(f"no chain of tiles: {reason}")
+            times = cache.get_or_race(key, lambda: race_steps(arms, x))
     except (TypeError, AttributeError, RuntimeError) as error:  # an output that is no tensor, a frozen model
         result.notes.append(f"whole training step: not timed ({error})")
         return

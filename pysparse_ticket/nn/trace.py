@@ -86,5 +86,7 @@ def _is_in_place(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    in_place = node.kwargs.get("inplace") is True or (name == "relu" and node.args[1:] == (True,))
-    return in_place or node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if getattr(node.target, "__module__", "") == "_operator":
+        return node.target in _IN_PLACE  # and not operator.and_, say
+    told = node.kwargs.get("inplace") is True or (name == "relu" and node.args[1:] == (True,))
+    return told or (name.endswith("_") and not name.endswith("__"))
