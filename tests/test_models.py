@@ -259,6 +259,22 @@ def test_every_listed_name_builds():
     assert "resnet110" in models.names()
 
 
+@pytest.mark.parametrize(
+    ("name", "last"), [("resnet14", 12), ("vgg13-fc2", 24), ("tiny-resnet18", 24), ("imagenet-resnet50", 96)]
+)
+def test_width_scales_every_stage(name, last):
+    # 3 channels in the first stage: 4 times as many in a CIFAR ResNet's last, 8 in the others', and 4 a bottleneck
+    model = build(name, 10, (3, 32, 32), width=3)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert linear[-1].in_features == last and model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("name", "width"), [("mlp-2", 4), ("lenet-300-100", 4), ("resnet20", 0)])
+def test_bad_widths_are_refused(name, width):
+    with pytest.raises(ValueError, match=f"first stage, not {width} of {name}"):
+        build(name, 10, (3, 32, 32), width=width)
+
+
 @pytest.mark.parametrize("name", ["vgg17", "vgg16-fc", "imagenet-resnet", "resnet", "resnet20x", "mlp", "ResNet20", ""])
 def test_unknown_name_lists_the_known(name):
     with pytest.raises(ValueError, match=r"unknown model .*resnet20.*lenet-300-100.*mlp-2"):
