@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench bench-ops lint format wheel-test clean
+RECIPES := $(filter-out %_setup.py,$(wildcard benchmarks/papers/*_*.py))
+
+.PHONY: setup demo test bench bench-ops papers lint format wheel-test clean
 
 setup: $(SETUP)
 
@@ -32,6 +34,10 @@ bench: $(SETUP)
 # each op's times, kept under .benchmarks/; OPS="--benchmark-compare" compares them with the run kept last
 bench-ops: $(SETUP)
 	$(BIN)/python -m pytest benchmarks/suite -o addopts=-q --benchmark-only --benchmark-autosave $(OPS)
+
+# the papers' tables, each small and on embedded data in a minute or two; one in full: python benchmarks/papers/layers_table2.py --data-root DIR
+papers: $(SETUP)
+	for recipe in $(RECIPES); do $(BIN)/python $$recipe --quick || exit 1; done
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

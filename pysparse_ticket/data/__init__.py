@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import Any
 
-from . import cifar, digits, procedural
+from . import cifar, digits, mnist, procedural, svhn, tiny_imagenet
 from .images import ImageData
 
 __all__ = ["ImageData", "load", "names"]
@@ -17,8 +17,12 @@ _LOADERS = {
     "procedural": procedural.load,
     "cifar10": partial(cifar.load, "cifar10"),
     "cifar100": partial(cifar.load, "cifar100"),
+    "tinyimagenet": tiny_imagenet.load,
+    "mnist": mnist.load,
+    "svhn": svhn.load,
 }
-_NEEDS_ROOT = ("cifar10", "cifar100")
+_DOWNLOADABLE = ("cifar10", "cifar100")
+_IN_A_FOLDER = (*_DOWNLOADABLE, "tinyimagenet", "mnist", "svhn")
 
 
 def names() -> tuple[str, ...]:
@@ -27,12 +31,12 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str, root: str | os.PathLike | None = None, download: bool = False, **options: Any) -> ImageData:
-    """The image set of a name: digits, procedural, cifar10 or cifar100.
+    """The image set of a name: digits, procedural, cifar10, cifar100, tinyimagenet, mnist or svhn.
 
-    ``root`` and ``download`` serve the sets that lie in a folder (CIFAR) and do nothing for the others; ``options`` go
-    to the set's own loader: ``size`` and ``seed`` of the digits; ``train``, ``test``, ``size``, ``difficulty`` and
-    ``seed`` of the procedural set. Raises ValueError for an unknown name or option (the message lists the known ones),
-    else what the loader raises.
+    ``root`` serves the sets that lie in a folder (all but the first two), ``download`` CIFAR alone, and they do nothing
+    for the others; ``options`` go to the set's own loader: ``size`` and ``seed`` of the digits; ``train``, ``test``,
+    ``size``, ``difficulty`` and ``seed`` of the procedural set. Raises ValueError for an unknown name or option (the
+    message lists the known ones), else what the loader raises.
     """
     if name not in _LOADERS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(_LOADERS)}")
@@ -40,6 +44,8 @@ def load(name: str, root: str | os.PathLike | None = None, download: bool = Fals
     known = set(inspect.signature(loader).parameters) - {"root", "download"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known)) or 'none'}")
-    if name in _NEEDS_ROOT:
-        options.update(root=root, download=download)
+    if name in _IN_A_FOLDER:
+        options["root"] = root
+    if name in _DOWNLOADABLE:
+        options["download"] = download
     return loader(**options)

@@ -47,8 +47,8 @@ def build(name: str, num_classes: int, in_shape: Sequence[int], width: int | Non
     ``resnet18`` and its like are CIFAR's three stages; ``imagenet-resnet18`` and ``tiny-resnet18`` have four.
     ``width`` is the channels of the first stage of a convolutional network, the papers' by default.
     Raises ValueError for an unknown name (the message lists the known ones), for a depth that the family does not have,
-    for a width below 1 or of an MLP, and for images too small for the network's halvings: below 4x4 pixels for a CIFAR ResNet, 16x16 for a VGG, 32x32 and
-    8x8 for the ImageNet and TinyImageNet ResNets.
+    for a width below 1 or of an MLP, and for images too small for the network's halvings: below 4x4 pixels for a CIFAR
+    ResNet, 16x16 for a VGG, 32x32 and 8x8 for the ImageNet and TinyImageNet ResNets.
     """
     if len(in_shape) != 3 or min(in_shape) < 1:
         raise ValueError(f"in_shape is (channels, height, width), each at least 1, not {tuple(in_shape)}")
