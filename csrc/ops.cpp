@@ -30,6 +30,16 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "Tensor t_col, Tensor t_perm, SymInt[] input_size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "bool pixels, bool channels_last, bool need_input, bool need_values) -> (Tensor, Tensor)");
 
+  // kernels/filter_conv2d.py; x and y channels_last, with removed channels where an index says which are kept
+  // -> y, [2, kept filters]: mean and biased variance (empty without stats)
+  m.def(
+      "filter_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, SymInt out_channels, "
+      "int[] stride, int[] padding, int[] dilation, bool stats) -> (Tensor, Tensor)");
+  // -> gradients of x and of weight, each empty unless needed
+  m.def(
+      "filter_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, int[] stride, "
+      "int[] padding, int[] dilation, bool need_x, bool need_weight) -> (Tensor, Tensor)");
+
   // the order in which the kernels walk a pattern (csrc/cpu/masked_linear.h)
   m.def("linear_schedule(Tensor row_ptr, Tensor col, Tensor? perm, int width, int columns) -> Tensor");
   // -> y, x in tiles (empty unless keep)

@@ -38,7 +38,7 @@ def cpu_isa(name: str = "?") -> str:
     return torch.ops.pysparse_ticket.cpu_isa(name)
 
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 _forced: str | None = None
 _ran: dict[str, str] = {}
 
