@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import torch
 
-from .ops.library import CPU_ERROR, cpu_isa
+from .ops.library import CPU_ERROR, cpu_isa, triton_error
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
 
@@ -26,23 +25,7 @@ def cpu_features() -> list[str]:
 
 def backends() -> dict[str, str | None]:
     """{backend: None if it is there, else the reason why not}."""
-    return {"reference": None, "cpu": CPU_ERROR, "triton": _triton(), "cuda": _cuda()}
-
-
-def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not _kernels():
-        return "this version has no Triton kernel yet"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is visible; the kernels run under TRITON_INTERPRET=1 alone"
-    return None
-
-
-def _kernels() -> list[Path]:
-    spec = importlib.util.find_spec("pysparse_ticket.kernels")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    return sorted(folder.glob("[a-z]*.py")) if folder else []
+    return {"reference": None, "cpu": CPU_ERROR, "triton": triton_error(), "cuda": _cuda()}
 
 
 def _cuda() -> str | None:

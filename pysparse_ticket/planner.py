@@ -155,9 +155,12 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def race(candidates: Mapping[str, nn.Module], site: Site, device: torch.device, repeats: int = 7) -> dict[str, float]:
-    """Median microseconds of a training step of each candidate on the site's input, interleaved."""
-    arms = {name: step(module, site.input(device)) for name, module in candidates.items()}
+def race(
+    candidates: Mapping[str, nn.Module], site: Site | Mapping[str, Site], device: torch.device, repeats: int = 7
+) -> dict[str, float]:
+    """Median microseconds of a training step of each candidate on its site's input, interleaved."""
+    sites = dict.fromkeys(candidates, site) if isinstance(site, Site) else site
+    arms = {name: step(module, sites[name].input(device)) for name, module in candidates.items()}
     return _medians(arms, repeats, device)
 
 

@@ -1,12 +1,18 @@
 """Settings of the whole suite, made before torch is imported."""
 
 import functools
+import os
 import warnings
 
 import pytest
 from bf16 import avoid_broken_amx
 
 avoid_broken_amx()
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated: they run on CPU tensors then
 
 
 @functools.cache

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, race, race_steps
+from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sites, race, race_steps
 from .chain import chained_layers, tile_chain
-from .filter_sparse_conv2d import CompactBatchNorm2d, DenseState
+from .dense_state import DenseState
+from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
@@ -18,6 +19,7 @@ from .swaps import Swaps
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
 FORMATS = (*MaskedConv2d.FORMATS, "tiled")
+Formatted = MaskedModule | FilterSparseConv2d
 
 
 def choose_layer(
@@ -62,7 +64,45 @@ def choose_layer(
     return masked, row
 
 
-def _in_format(masked: MaskedModule, format: str) -> MaskedModule:
+def choose_filters(
+    model: nn.Module,
+    x: Tensor | None,
+    sites: Mapping[str, Site],
+    forced: Mapping[str, str],
+    swaps: Swaps,
+    result: Plan,
+    cache: PlanCache,
+) -> None:
+    """How each convolution of kept filters runs: as asked for or, on a GPU with a sample, the fastest.
+
+    On the CPU there is one way besides the chain of tiles, and the race of whole steps decides.
+    """
+    rows = {row.layer: row for row in result.layers if isinstance(model.get_submodule(row.layer), FilterSparseConv2d)}
+    for name, row in rows.items():
+        if forced.get(name) == "fused":
+            model.get_submodule(name).set_format("fused")
+            row.format, row.why = "fused", "asked for"
+    if x is None or not x.is_cuda:
+        return
+    here = find_sites(model, x, list(rows))
+    for name, row in rows.items():
+        module, dense = model.get_submodule(name), swaps.old[name]
+        ways = [way for way in module.FORMATS if way != "fused" or not isinstance(module.padding, str)]
+
+        def measure(name=name, module=module, dense=dense, ways=ways) -> dict[str, float]:
+            arms = {way: _in_format(module, way) for way in ways}
+            where = dict.fromkeys(ways, here[name]) | {"plain": sites[name]}
+            return race({"plain": dense, **arms}, where, module.weight.device)
+
+        key = cache.key("filters", dense, sites[name], here[name], tuple(module.weight.shape), ways)
+        times = cache.get_or_race(key, measure)
+        best = min(ways, key=times.__getitem__)
+        module.set_format(best)
+        row.shape, row.format = sites[name].shape, best
+        row.dense_us, row.chosen_us, row.why = times["plain"], times[best], "fastest here of " + ", ".join(ways)
+
+
+def _in_format(masked: Formatted, format: str) -> Formatted:
     copied = copy.deepcopy(masked)
     copied.set_format(format)
     return copied

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .filter_sparse_conv2d import DenseState, keep_mask
+from .dense_state import DenseState, keep_mask
 from .plain_conv2d import plain_conv2d
 
 

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from ..planner import LayerPlan, Plan, PlanCache, find_sites
 from ..scores import prunable
-from ..structure import find_channels
+from ..structure import Channels, find_channels
 from ..ticket import Ticket, TicketError
 from .chain import untile
-from .choose import FORMATS, choose_layer, choose_model, run_dense
+from .choose import FORMATS, choose_filters, choose_layer, choose_model, run_dense
 from .compact_layers import CompactDepthwiseConv2d, CompactLinear
-from .filter_sparse_conv2d import CompactBatchNorm2d, DenseState, FilterSparseConv2d
+from .dense_state import DenseState
+from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
+from .spare import spare_units, stay_zero
 from .swaps import Swaps
 
-COMPACT_FORMATS = ("compact", "tiled", "dense", "auto")  # of a layer that loses filters or input channels
+COMPACT_FORMATS = ("compact", "fused", "tiled", "dense", "auto")  # of a layer that loses filters or input channels
 
 
 def sparsify(
@@ -30,6 +32,7 @@ def sparsify(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     plan: str | Mapping[str, str] = "auto",
+    round_to: int | None = None,
 ) -> nn.Module:
     """Turn the model into the ticket's network, in place, and return it. Its present weights are kept.
 
@@ -40,8 +43,10 @@ def sparsify(
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
-               must take the same kernels to end with the same bits. Layers that lose filters are "compact",
+               must take the same kernels to end with the same bits. Layers that lose filters are "compact", "fused",
                "tiled" or, all of them, "dense"
+    round_to   filters are filled up with zeros to a multiple of this, where one step on the sample shows that they stay
+               zero; None: 8 on a GPU, whose matrix units take channels by eights, else 1
 
     Raises TicketError when the ticket is for another architecture or removes a filter and keeps one that goes together
     with it (``structure.Channels``), ValueError for a layer that cannot be sparse or
@@ -53,20 +58,27 @@ def sparsify(
             raise ValueError(f"{name} holds NaN; a ticket of broken weights would train to nothing")
     x = sample[0] if isinstance(sample, tuple | list) else sample
     owners = _mask_owners(model, ticket)
-    compact, norms = _behind_filters(model, ticket, owners)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    multiple = round_to or (8 if device == "cuda" and x is not None else 1)
+    if multiple < 1 or (multiple > 1 and x is None):
+        raise ValueError(
+            f"round_to={round_to}: it is a number from 1 on, and above 1 it needs a sample to be checked on"
+        )
+    swaps, result, cache = Swaps(model), Plan(), PlanCache()
+    compact, norms = _behind_filters(model, ticket, owners, multiple, x, result)
     insisted = {} if isinstance(plan, str) else dict(plan)
     forced = dict.fromkeys([*owners, *compact], plan) if isinstance(plan, str) else insisted
     for name, fmt in forced.items():
         if name not in owners and name not in compact:
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
-        known = (*FORMATS, "auto") if name in owners or isinstance(plan, str) else COMPACT_FORMATS
+        known = (*FORMATS, "auto") if name in owners else COMPACT_FORMATS
+        known = tuple(dict.fromkeys((*FORMATS, *COMPACT_FORMATS))) if isinstance(plan, str) else known
         if fmt not in known:
             raise ValueError(f"unknown format {fmt!r} for {name}; known: {', '.join(known)}")
     auto = plan == "auto" and x is not None and bool(owners or compact)
     dense = copy.deepcopy(model) if auto else None
-    sites = find_sites(model, x, list(owners)) if auto else {}
+    sites = find_sites(model, x, [*owners, *compact]) if auto else {}
 
-    swaps, result, cache = Swaps(model), Plan(), PlanCache()
     for name in ticket.removed_blocks:
         swaps.replace(name, LayerSkip())
         result.layers.append(LayerPlan(name, "block", (), 1.0, "skipped", chosen_us=0.0))
@@ -86,6 +98,8 @@ def sparsify(
     model = swaps.commit()
     if "dense" in (forced.get(name) for name in compact):
         run_dense(model, swaps, result, "asked for")
+    else:
+        choose_filters(model, x if auto else None, sites, forced, swaps, result, cache)
     choose_model(dense, model, x, forced, swaps, result, cache)
     cache.save()
     swaps.carry(optimizer)  # last, since a change of format makes new parameters
@@ -128,7 +142,7 @@ def _mask_owners(model: nn.Module, ticket: Ticket) -> dict[str, Tensor]:
 
 
 def _behind_filters(
-    model: nn.Module, ticket: Ticket, masked: Mapping[str, Tensor]
+    model: nn.Module, ticket: Ticket, masked: Mapping[str, Tensor], multiple: int, x: Tensor | None, result: Plan
 ) -> tuple[dict[str, DenseState], dict[str, CompactBatchNorm2d]]:
     """{name: compact layer} and {name: compact norm} of what makes, reads or passes on a channel that is removed."""
     if all(kept.all() for kept in ticket.filters.values()):
@@ -139,28 +153,51 @@ def _behind_filters(
     except ValueError as error:
         raise TicketError(str(error)) from None
     skipped = tuple(f"{name}." for name in ticket.removed_blocks)
-
-    def kept(units: Mapping[str, tuple[int, ...]], name: str) -> Tensor | None:
-        """bool a channel, None where all stay."""
-        row = [unit not in gone for unit in units.get(name, ())]
-        return None if all(row) else torch.tensor(row)
-
-    layers: dict[str, DenseState] = {}
     for name in dict.fromkeys([*channels.producers, *channels.readers]):
-        keep_out, keep_in = kept(channels.producers, name), kept(channels.readers, name)
-        if name.startswith(skipped) or (keep_out is None and keep_in is None):
-            continue
-        if name in masked:
+        units = (*channels.producers.get(name, ()), *channels.readers.get(name, ()))
+        if name in masked and not name.startswith(skipped) and not gone.isdisjoint(units):
             raise ValueError(
                 f"the ticket masks weights of {name} and removes channels that it makes or reads; only one of them can "
                 "be run"
             )
+    spare = spare_units(channels, gone, multiple)
+    if spare:
+        layers, norms = _compact_modules(model, channels, gone, spare, skipped)
+        trial = Swaps(copy.deepcopy(model))
+        for name, module in {**layers, **norms}.items():
+            trial.replace(name, module)
+        if stay_zero(trial.commit(), x):
+            return layers, norms
+        result.notes.append(f"filters are not filled up to multiples of {multiple}: the zeros would not stay zero")
+    return _compact_modules(model, channels, gone, set(), skipped)
+
+
+def _compact_modules(
+    model: nn.Module, channels: Channels, gone: set[int], spare: set[int], skipped: tuple[str, ...]
+) -> tuple[dict[str, DenseState], dict[str, CompactBatchNorm2d]]:
+    def rows(units: Mapping[str, tuple[int, ...]], name: str) -> tuple[Tensor | None, Tensor]:
+        """Which channels are held, None where all are and none is a zero; which are removed."""
+        lost = torch.tensor([unit in gone for unit in units.get(name, ())], dtype=torch.bool)
+        held = torch.tensor([unit not in gone or unit in spare for unit in units.get(name, ())], dtype=torch.bool)
+        return held if lost.any() else None, lost
+
+    layers: dict[str, DenseState] = {}
+    for name in dict.fromkeys([*channels.producers, *channels.readers]):
+        (keep_out, lost_out), (keep_in, lost_in) = rows(channels.producers, name), rows(channels.readers, name)
+        if name.startswith(skipped) or (keep_out is None and keep_in is None):
+            continue
         layers[name] = _compact(model.get_submodule(name), keep_out, keep_in)
-    norms = {
-        name: CompactBatchNorm2d.from_dense(model.get_submodule(name), keep)
-        for name in channels.norms
-        if not name.startswith(skipped) and (keep := kept(channels.norms, name)) is not None
-    }
+        if spare:
+            lost = {"out_index": lost_out if keep_out is not None else None}
+            lost["in_index"] = lost_in if keep_in is not None else None
+            layers[name].hold_spare(**{k: v for k, v in lost.items() if v is not None and hasattr(layers[name], k)})
+    norms = {}
+    for name in channels.norms:
+        held, lost = rows(channels.norms, name)
+        if not name.startswith(skipped) and held is not None:
+            norms[name] = CompactBatchNorm2d.from_dense(model.get_submodule(name), held)
+            if spare:
+                norms[name].hold_spare(index=lost)
     return layers, norms
 
 

@@ -6,70 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.filter_conv2d import filter_conv2d
+from .dense_state import DenseState, keep_mask
 from .plain_conv2d import plain_conv2d
-
-
-def keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
-    if keep is None:
-        return torch.ones(count, dtype=torch.bool)
-    if keep.dtype != torch.bool or keep.shape != (count,):
-        raise ValueError(f"{what} must be a bool tensor of shape ({count},), not {keep.dtype} {tuple(keep.shape)}")
-    return keep
-
-
-class DenseState(nn.Module):
-    """Saves and loads compact tensors in the dense module's shapes: ``_dense_slots()`` says where each one lies."""
-
-    def _dense_slots(self) -> dict[str, tuple[tuple[int, ...], tuple[Tensor, ...], float]]:
-        """{name: (dense shape, index of each leading dimension, fill of removed entries)}."""
-        raise NotImplementedError
-
-    @property
-    def mask(self) -> Tensor:
-        """bool, of the dense weight's shape, True where the weight is held."""
-        return self.expand_like("weight", torch.ones_like(self.weight, dtype=torch.bool))
-
-    def expand_like(self, name: str, compact: Tensor) -> Tensor:
-        """A tensor of the parameter's compact shape in the dense shape, filled where channels were removed."""
-        if name not in self._dense_slots():
-            return compact
-        shape, index, fill = self._dense_slots()[name]
-        dense = compact.new_full(shape, fill)
-        dense[torch.meshgrid(*index, indexing="ij") if len(index) > 1 else index[0]] = compact
-        return dense
-
-    def compact_like(self, name: str, dense: Tensor) -> Tensor:
-        """The part of a tensor in the dense parameter's shape that survives: an optimizer's momentum, say."""
-        for dim, index in enumerate(self._dense_slots()[name][1] if name in self._dense_slots() else ()):
-            dense = dense.index_select(dim, index)
-        return dense
-
-    def fill(self, dense: nn.Module) -> nn.Module:
-        """The dense module with copies of this one's state, in its mode."""
-        dense.load_state_dict(self.state_dict())
-        for name, parameter in self.named_parameters():
-            dense.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return dense.train(self.training)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._dense_slots():
-            if prefix + name in destination:
-                destination[prefix + name] = self.expand_like(name, destination[prefix + name].detach())
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        own = dict(state_dict)
-        for name, (shape, *_) in self._dense_slots().items():
-            key = prefix + name
-            if key not in own:
-                continue
-            if tuple(own[key].shape) != shape:
-                errors.append(
-                    f"size mismatch for {key}: {tuple(own[key].shape)} in the checkpoint, {shape} in the model"
-                )
-                return
-            own[key] = self.compact_like(name, own[key])
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 class FilterSparseConv2d(DenseState):
@@ -78,7 +17,12 @@ class FilterSparseConv2d(DenseState):
     x ``[N, C, H, W]`` to ``[N, O, H', W']`` with exact zeros in the removed channels. With ``compact_in`` x holds only
     the kept input channels, with ``compact_out`` the output only the kept filters: between two convolutions of a
     block the removed channels then never exist. Parameters hold the surviving part; the state_dict is the dense one.
+
+    format "compact"  torch's convolution of the kept channels, copied out of whole tensors and back where there are any
+    format "fused"    one kernel reads and writes the kept channels where they lie (``ops.filter_conv2d``)
     """
+
+    FORMATS = ("compact", "fused")
 
     def __init__(self, conv: nn.Conv2d, keep_out: Tensor, keep_in: Tensor | None, compact_in: bool, compact_out: bool):
         super().__init__()
@@ -93,6 +37,7 @@ class FilterSparseConv2d(DenseState):
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.compact_in, self.compact_out = compact_in, compact_out
+        self.format = "compact"
         self.register_buffer("out_index", keep_out.nonzero().flatten(), persistent=False)
         self.register_buffer("in_index", keep_in.nonzero().flatten(), persistent=False)
         weight = conv.weight.detach()[self.out_index][:, self.in_index]
@@ -114,7 +59,20 @@ class FilterSparseConv2d(DenseState):
         """keep_out bool [O], keep_in bool [C] or None for all: copies the surviving weights of ``conv``."""
         return cls(conv, keep_out, keep_in, compact_in, compact_out)
 
+    def set_format(self, format: str) -> None:
+        """Change how the layer runs; ValueError for an unknown format, or for "fused" with ``padding="same"``."""
+        if format not in self.FORMATS:
+            raise ValueError(f"unknown format {format!r}; known: {', '.join(self.FORMATS)}")
+        if format == "fused" and isinstance(self.padding, str):
+            raise ValueError(f"the fused convolution takes a padding in pixels, not {self.padding!r}")
+        self.format = format
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.format == "fused":
+            in_index = None if self.compact_in else self.in_index
+            out_index = None if self.compact_out else self.out_index
+            geometry = (self.stride, self.padding, self.dilation)
+            return filter_conv2d(x, self.weight, self.bias, in_index, out_index, self.out_channels, *geometry)
         if not self.compact_in and len(self.in_index) < self.in_channels:
             x = x.index_select(1, self.in_index)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
@@ -157,7 +115,7 @@ class FilterSparseConv2d(DenseState):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels} -> {self.out_channels}, kept {len(self.in_index)} -> {len(self.out_index)}, "
-            f"kernel_size={self.kernel_size}, stride={self.stride}"
+            f"kernel_size={self.kernel_size}, stride={self.stride}, format={self.format}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .filter_sparse_conv2d import DenseState
+from .dense_state import DenseState
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
 

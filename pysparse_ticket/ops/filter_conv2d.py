@@ -74,7 +74,7 @@ def filter_conv2d(
         raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} is smaller than the kernel; use more padding")
     out_channels = outputs if out_index is None else out_channels
     geometry = (list(stride), list(padding), list(dilation))
-    if choose_backend("filter_conv2d", backend, x) == "triton":
+    if choose_backend("filter_conv2d", backend, x, {"cuda": "triton"}) == "triton":
         x, weight, bias = _autocast(x, weight, bias)
         y, found = torch.ops.pysparse_ticket.filter_conv2d(
             x, weight, bias, in_index, out_index, out_channels, *geometry, stats

@@ -6,10 +6,13 @@ still works, and asking for another one raises with that reason: nothing falls b
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -39,6 +42,7 @@ def cpu_isa(name: str = "?") -> str:
 
 
 BACKENDS = ("reference", "cpu", "triton")
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
 _forced: str | None = None
 _ran: dict[str, str] = {}
 
@@ -47,7 +51,20 @@ def why_missing(backend: str) -> str | None:
     """Why ``backend`` cannot run here; None when it can. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if backend == "triton":
+        return triton_error()
     return CPU_ERROR if backend == "cpu" else None
+
+
+def triton_error() -> str | None:
+    """Why the Triton kernels cannot run here, None when they can: compiled on a GPU, or interpreted on CPU tensors."""
+    if CPU_ERROR:
+        return CPU_ERROR  # which has the ops' schemas
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA GPU is visible; the kernels run under TRITON_INTERPRET=1 alone"
+    return None
 
 
 def _checked(backend: str) -> str:
@@ -70,19 +87,26 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose_backend(op: str, backend: str | None, tensor: torch.Tensor) -> str:
-    """The backend that ``op`` runs on: the one asked for, else ``cpu`` for float32 and bfloat16 CPU tensors where the
-    extension is there, else ``reference``. A missing extension warns once; asked for by name it raises."""
+def choose_backend(
+    op: str, backend: str | None, tensor: torch.Tensor, own: Mapping[str, str] = MappingProxyType({"cpu": "cpu"})
+) -> str:
+    """The backend that ``op`` runs on: the one asked for, else its own one for the tensor's device, if that takes the
+    dtype, else ``reference``.
+
+    own  {device type: backend} of the op's kernels. One that cannot run here warns once; asked for by name it raises.
+    """
     name = backend or _forced
     if name:
         name = _checked(name)
-    elif tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
-        name = "reference"
-    elif CPU_ERROR:
-        warnings.warn(f"{op} runs on the reference backend: {CPU_ERROR}", RuntimeWarning, stacklevel=3)
-        name = "reference"
+        if name not in ("reference", *own.values()):
+            raise RuntimeError(f"{op} has no {name} backend, only reference, {', '.join(own.values())}")
     else:
-        name = "cpu"
+        name = own.get(tensor.device.type, "reference")
+        if name != "reference" and tensor.dtype not in DTYPES[name]:
+            name = "reference"
+        elif reason := why_missing(name):
+            warnings.warn(f"{op} runs on the reference backend: {reason}", RuntimeWarning, stacklevel=3)
+            name = "reference"
     if not torch.compiler.is_compiling():
         _ran[op] = name
     return name
