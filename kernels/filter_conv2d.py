@@ -180,7 +180,7 @@ def _tiles(outputs: int, inner: int, dtype: torch.dtype, gather: bool) -> dict[s
     of 128 x 64 and 64 x 128 in 16 bits take 128 of Hopper's 227 KB; float32 takes steps of half the channels. A gather
     has an address an element, and would spill registers in any larger tile than these (sm_80 and sm_90)."""
     half = dtype.itemsize == 2
-    bn = _power(outputs, 16, 128)
+    bn = _power(outputs, 16 if half else 32, 128)  # float32 on sm_80 spills at 16
     bk = _power(inner, 16, 64 if half and not gather else 32)
     return {"BM": 64 if gather else 128, "BN": bn, "BK": bk, "num_warps": 8 if bn == 128 else 4} | _stages(half)
 

@@ -1,12 +1,21 @@
 """The Triton kernels of filter_conv2d: under the interpreter on a machine without a GPU, compiled on one with."""
 
+import copy
+import json
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from pysparse_ticket.nn import FilterSparseConv2d
 from pysparse_ticket.ops.filter_conv2d import filter_conv2d
+from pysparse_ticket.ops.library import backend_of, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # a few roundings of the dtype
@@ -101,3 +110,107 @@ def test_full_or_compact_channels(compact, stats, poison):
 @pytest.mark.parametrize("channels", [(1, 1), (150, 5), (5, 150)], ids=str)
 def test_one_channel_and_many(channels, poison):
     compare(tensors("3x3 stride 2", torch.float32, channels), torch.float32, stats=True)
+
+
+def test_empty_batch():
+    x, weight, bias, in_index, out_index, outputs, geometry = tensors("3x3", torch.float32)
+    y = filter_conv2d(x[:0], weight, bias, in_index, out_index, outputs, *geometry, backend="triton")
+    assert y.shape == (0, outputs, 7, 9)
+    grads = torch.autograd.grad(y.sum(), (weight, bias))
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_reads_any_strides(poison):
+    x, *rest, geometry = tensors("3x3 stride 2", torch.float32, memory=torch.channels_last)
+    wide = torch.randn(x.shape[0], x.shape[2], x.shape[3], 2 * x.shape[1], device=DEVICE)
+    wide[..., 1::2] = torch.nan
+    sliced = wide.permute(0, 3, 1, 2)[:, ::2].requires_grad_()  # channels two apart
+    compare((sliced, *rest, geometry), torch.float32)
+    compare((x.detach()[:, :, 1:, 2:].requires_grad_(), *rest, geometry), torch.float32)  # rows and columns cut off
+
+
+def test_opcheck():
+    x, weight, bias, in_index, out_index, outputs, geometry = tensors("1x1", torch.float32, (3, 4))
+    op = torch.ops.pysparse_ticket.filter_conv2d.default
+    geometry = [list(pair) for pair in geometry]
+    for stats in (False, True):
+        torch.library.opcheck(op, (x, weight, bias, in_index, out_index, outputs, *geometry, stats))
+    grad = op(x, weight, bias, in_index, out_index, outputs, *geometry, False)[0].detach()
+    torch.library.opcheck(
+        torch.ops.pysparse_ticket.filter_conv2d_backward.default,
+        (grad, x.detach(), weight.detach(), in_index, out_index, *geometry, True, True),
+    )
+
+
+def test_gradients_of_the_reference():
+    x, weight, bias, in_index, out_index, outputs, geometry = tensors("3x3 stride 2", torch.float64, (3, 4))
+
+    def op(x, weight, bias):
+        return filter_conv2d(x, weight, bias, in_index, out_index, outputs, *geometry, stats=True, backend="reference")
+
+    assert torch.autograd.gradcheck(op, (x, weight, bias))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["full", "compact"])
+def test_module_in_the_fused_format(whole):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 7, 3, 2, 1).to(DEVICE)
+    keep_out = torch.tensor([True, False, True, True, False, False, True])
+    keep_in = torch.tensor([True, True, False, True, False])
+    compact = FilterSparseConv2d.from_dense(conv, keep_out, keep_in, compact_in=not whole, compact_out=not whole)
+    fused = copy.deepcopy(compact)
+    fused.set_format("fused")
+    x = torch.randn(2, 5 if whole else 3, 6, 5, device=DEVICE)
+    with use_backend("triton"):
+        y = fused(x)
+        y.sum().backward()
+    assert backend_of("filter_conv2d") == "triton"
+    expected = compact(x)
+    expected.sum().backward()
+    assert relative(y, expected) < 2e-6
+    assert relative(fused.weight.grad, compact.weight.grad) < 2e-6
+    assert fused.state_dict().keys() == conv.state_dict().keys()
+    with pytest.raises(ValueError, match="unknown format 'tiles'"):
+        fused.set_format("tiles")
+
+
+def test_compiles_without_a_break():
+    conv = nn.Conv2d(5, 7, 3, padding=1)
+    module = FilterSparseConv2d.from_dense(conv, torch.arange(7) % 2 == 0, torch.arange(5) != 2).to(DEVICE)
+    module.set_format("fused")
+    x = torch.randn(2, 5, 6, 6, device=DEVICE)
+    with use_backend("triton"):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        y = compiled(x)
+        y.square().sum().backward()
+    grad, module.weight.grad = module.weight.grad, None
+    expected = module(x)
+    expected.square().sum().backward()
+    assert relative(y, expected) < 2e-6 and relative(grad, module.weight.grad) < 1e-5
+
+
+def test_bad_input_is_named():
+    x, weight, bias, in_index, out_index, outputs, _ = tensors("3x3", torch.float32)
+    with pytest.raises(ValueError, match="x has 11 channels and the weight"):
+        filter_conv2d(x, weight)
+    with pytest.raises(ValueError, match="one by one"):
+        filter_conv2d(x, weight, bias, in_index[:-1])
+    with pytest.raises(ValueError, match="out_index needs out_channels"):
+        filter_conv2d(x, weight, bias, in_index, out_index)
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        filter_conv2d(x[:, :, :1], weight, bias, in_index, out_index, outputs)
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")
+def test_compiled_ahead_of_time(arch):
+    here = Path(__file__).parent
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    program = [sys.executable, here / "filter_conv2d_compiled.py", str(arch)]
+    lines = subprocess.run(program, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 15
+    for made in map(json.loads, lines):
+        assert made["stack"] == 0, made  # no register spills
+        assert made["shared"] <= (227 if arch == 90 else 163) * 1024, made
+        assert bool(made["wgmma"]) == (arch == 90), made
+        if made["dtype"] == "bf16" and not made["gather"]:
+            assert made["copies"] == [16], made

@@ -59,7 +59,7 @@ def sparsify(
     x = sample[0] if isinstance(sample, tuple | list) else sample
     owners = _mask_owners(model, ticket)
     device = next((p.device.type for p in model.parameters()), "cpu")
-    multiple = round_to or (8 if device == "cuda" and x is not None else 1)
+    multiple = (8 if device == "cuda" and x is not None else 1) if round_to is None else round_to
     if multiple < 1 or (multiple > 1 and x is None):
         raise ValueError(
             f"round_to={round_to}: it is a number from 1 on, and above 1 it needs a sample to be checked on"

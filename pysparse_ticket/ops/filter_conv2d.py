@@ -83,7 +83,8 @@ def filter_conv2d(
     y = filter_conv2d_reference(x, weight, bias, in_index, out_index, out_channels, stride, padding, dilation)
     if not stats:
         return y
-    kept = (y if out_index is None else y.index_select(1, out_index)).float()
+    kept = y if out_index is None else y.index_select(1, out_index)
+    kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
     var, mean = torch.var_mean(kept, (0, 2, 3), correction=0)
     return y, mean, var
 
