@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pysparse_ticket.nn import FilterSparseConv2d
+import pysparse_ticket as pst
+from pysparse_ticket.nn import FilterSparseConv2d, choose, convert
 from pysparse_ticket.ops.filter_conv2d import filter_conv2d
 from pysparse_ticket.ops.library import backend_of, use_backend
+from pysparse_ticket.ticket import Ticket, fingerprint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # a few roundings of the dtype
@@ -187,6 +189,37 @@ def test_compiles_without_a_break():
     expected = module(x)
     expected.square().sum().backward()
     assert relative(y, expected) < 2e-6 and relative(grad, module.weight.grad) < 1e-5
+
+
+def test_the_plan_races_fused_against_compact_and_dense(monkeypatch):
+    """The race of a GPU, run on whatever device is here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)).to(DEVICE)
+    kept = torch.tensor([True, False] * 4)
+    ticket = Ticket(filters={"0": kept}, architecture=fingerprint(model))
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    raced = {}
+
+    def race(arms, sites, device):
+        for name, arm in arms.items():
+            arm(sites[name].input(device))
+            raced.setdefault(name, []).append((getattr(arm, "format", None), tuple(sites[name].shape)))
+        return {"plain": 3.0, "compact": 2.0, "fused": 1.0 if sites["fused"].shape[1] == 4 else 2.5}
+
+    monkeypatch.setattr(choose, "race", race)
+    monkeypatch.setattr(convert, "choose_filters", lambda m, _, *rest: choose.choose_filters(m, x, *rest))
+    monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 1.0))
+    with use_backend("reference"):
+        model = pst.sparsify(model, ticket, sample=x)
+    assert raced == {
+        "plain": [(None, (2, 3, 6, 6)), (None, (2, 8, 6, 6))],
+        "compact": [("compact", (2, 3, 6, 6)), ("compact", (2, 4, 6, 6))],
+        "fused": [("fused", (2, 3, 6, 6)), ("fused", (2, 4, 6, 6))],
+    }
+    first, second = pst.plan(model).layers
+    assert (first.format, first.dense_us, first.chosen_us) == ("compact", 3.0, 2.0)
+    assert (second.format, second.chosen_us, second.why) == ("fused", 1.0, "fastest here of compact, fused")
+    assert (model[0].format, model[2].format) == ("compact", "fused")
 
 
 def test_bad_input_is_named():

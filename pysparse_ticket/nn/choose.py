@@ -73,16 +73,13 @@ def choose_filters(
     result: Plan,
     cache: PlanCache,
 ) -> None:
-    """How each convolution of kept filters runs: as asked for or, on a GPU with a sample, the fastest.
-
-    On the CPU there is one way besides the chain of tiles, and the race of whole steps decides.
-    """
+    """How each convolution of kept filters runs: as asked for or, with a sample to time it on, the fastest."""
     rows = {row.layer: row for row in result.layers if isinstance(model.get_submodule(row.layer), FilterSparseConv2d)}
     for name, row in rows.items():
         if forced.get(name) == "fused":
             model.get_submodule(name).set_format("fused")
             row.format, row.why = "fused", "asked for"
-    if x is None or not x.is_cuda:
+    if x is None:
         return
     here = find_sites(model, x, list(rows))
     for name, row in rows.items():

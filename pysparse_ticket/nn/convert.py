@@ -99,7 +99,8 @@ def sparsify(
     if "dense" in (forced.get(name) for name in compact):
         run_dense(model, swaps, result, "asked for")
     else:
-        choose_filters(model, x if auto else None, sites, forced, swaps, result, cache)
+        # on the CPU there is one way besides the chain of tiles, and the race of whole steps decides
+        choose_filters(model, x if auto and x.is_cuda else None, sites, forced, swaps, result, cache)
     choose_model(dense, model, x, forced, swaps, result, cache)
     cache.save()
     swaps.carry(optimizer)  # last, since a change of format makes new parameters
