@@ -187,4 +187,4 @@ def test_unknown_option_lists_the_known():
 def test_load_passes_options_and_ignores_root_where_nothing_is_stored():
     images = data.load("procedural", root="nowhere", train=10, test=10, size=8)
     assert images.shape == (3, 8, 8)
-    assert set(data.names()) == {"digits", "procedural", "cifar10", "cifar100"}
+    assert set(data.names()) == {"digits", "procedural", "cifar10", "cifar100", "tinyimagenet", "mnist", "svhn"}

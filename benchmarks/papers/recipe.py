@@ -166,7 +166,8 @@ def table(recipe: Recipe, cells: list[dict]) -> str:
     def written(value: Given | None, otherwise: str) -> str:
         if value is None:
             return otherwise
-        return " ± ".join(recipe.form.format(v) for v in (value if isinstance(value, tuple | list) else (value,)))
+        mean, *spread = value if isinstance(value, tuple | list) else (value,)
+        return " ± ".join([recipe.form.format(mean), *(f"{deviation:.2f}" for deviation in spread)])
 
     def both(row: str, column: str) -> list[str]:
         cell = found.get((row, column))
