@@ -45,7 +45,8 @@ def _read(root: str | os.PathLike, name: str, magic: int) -> Tensor:
         blob = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-    header = np.frombuffer(blob[: 4 * (magic % 256 + 1)], dtype=">u4").tolist()
-    if len(header) <= magic % 256 or header[0] != magic or len(blob) != 4 * len(header) + int(np.prod(header[1:])):
+    words = magic % 256 + 1  # the magic number's last byte counts the dimensions
+    header = np.frombuffer(blob, dtype=">u4", count=words).tolist() if len(blob) >= 4 * words else [0]
+    if header[0] != magic or len(blob) != 4 * words + int(np.prod(header[1:])):
         raise ValueError(f"{path} is no whole IDX file of {'images' if magic == PIXELS else 'labels'}: fetch it again")
-    return torch.from_numpy(np.frombuffer(blob, np.uint8, offset=4 * len(header)).reshape(header[1:]).copy())
+    return torch.from_numpy(np.frombuffer(blob, np.uint8, offset=4 * words).reshape(header[1:]).copy())
