@@ -171,7 +171,7 @@ def test_bad_image_data_is_refused(change, message):
         ImageData(**{**values, **change})
 
 
-@pytest.mark.parametrize("name", ["mnist", "", "CIFAR10"])
+@pytest.mark.parametrize("name", ["imagenet", "", "CIFAR10"])
 def test_unknown_name_lists_the_known(name):
     with pytest.raises(ValueError, match=r"unknown data set .*digits, procedural, cifar10, cifar100"):
         data.load(name)

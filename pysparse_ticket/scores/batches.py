@@ -26,11 +26,13 @@ def pairs_of(batches) -> Pairs:
 
 
 def labelled(batches: Iterable[Batch] | Batch | None) -> list[Batch]:
-    """The batches as a list of (x, y), for scores that need every y."""
-    pairs = _pairs(batches)
-    if not pairs or any(y is None for _, y in pairs):
+    """The batches as a list of (x, y), for scores whose loss takes y."""
+    found = [] if batches is None or isinstance(batches, Tensor) else list(batches)
+    if len(found) == 2 and isinstance(batches, tuple | list) and isinstance(found[0], Tensor):
+        return [tuple(found)]
+    if not found or any(isinstance(batch, Tensor) for batch in found):
         raise ValueError("this score needs data with labels: pass batches=(x, y) or a list of such pairs")
-    return pairs
+    return found
 
 
 def _pairs(batches) -> Pairs:
