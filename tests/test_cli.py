@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     ("words", "message"),
     [
         (["--model", "vgg"], "resnet20"),
-        (["--data", "mnist"], "digits"),
+        (["--data", "imagenet"], "digits"),
         (["--data", "cifar10", "--root", "/nowhere"], "/nowhere"),
         (["--sparsity", "1.0"], "sparsity must lie in [0, 1)"),
         (["--remove", "10"], "cannot remove 10 blocks"),
