@@ -35,11 +35,6 @@ def pool_layers(scores: Scores, blocks: Sequence[str], how: str) -> dict[str, fl
     return pooled
 
 
-def pool_filters(scores: Scores, modules: Sequence[str], how: str) -> dict[str, Tensor]:
-    """{convolution name: float64 [out channels]}."""
-    return {m: aggregate(s := scores[f"{m}.weight"], how, range(1, s.dim())) for m in modules}
-
-
 def pool_units(scores: Scores, units: Sequence[Sequence[tuple[str, int]]], how: str) -> Tensor:
     """float64 [units]: the sum or mean over all weights of the filters (convolution name, index) of each unit."""
     weights = {name: scores[f"{name}.weight"] for unit in units for name, _ in unit}

@@ -156,15 +156,6 @@ def drop_lowest_blocks(
     return dropped
 
 
-def drop_lowest_filters(scores: Mapping[str, Tensor], remove: int, keep: int = 1) -> dict[str, Tensor]:
-    """bool [out channels] a convolution, exactly ``remove`` filters False, at least ``keep`` True in each."""
-    check_scores(scores)
-    flat = torch.cat([s.reshape(-1).double() for s in scores.values()])
-    owners = [name for name, s in scores.items() for _ in range(s.numel())]
-    kept = drop_lowest_units(flat, [1] * flat.numel(), owners, remove, keep)
-    return dict(zip(scores, kept.split([s.numel() for s in scores.values()]), strict=True))
-
-
 def drop_lowest_units(
     scores: Tensor, sizes: Sequence[int], groups: Sequence[Hashable], remove: int, keep: int = 1
 ) -> Tensor:

@@ -213,7 +213,8 @@ def test_filters_go_by_exact_counts_and_the_next_round_counts_what_is_left():
     model = resnet(8)
     search = one_round(model, batch()[0], granularity="filter", rounds=2, rate=0.25)
     counts = [sum(int(k.sum()) for k in level.ticket.filters.values()) for level in search.levels]
-    assert counts == [112, 84, 63]  # 16 + 32 + 64 inner filters
+    # 16 + 32 + 64 inner filters; the stem and conv2 of stage 1, conv2 and the shortcut of the others go in pairs
+    assert counts == [112 + 2 * 112, 252, 189]
     for before, after in pairwise(search.levels):
         assert all((after.ticket.filters[n] <= before.ticket.filters[n]).all() for n in after.ticket.filters)
     assert {row.format for row in pst.plan(model).layers} == {"compact"}
@@ -300,6 +301,8 @@ def test_layers_and_filters_that_run_out_are_refused_before_any_training():
     with pytest.raises(ValueError, match="round 4 of 4 would leave 2 of 6 removable blocks, and 3 must stay"):
         pst.imp(resnet(20), granularity="layer", sample=batch()[0], rounds=4)
     with pytest.raises(ValueError, match="would leave 0 of 112 removable filters, and 3 must stay"):
+        pst.imp(resnet(8), granularity="filter", coupled=False, rounds=1, rate=0.999)
+    with pytest.raises(ValueError, match="would leave 0 of 336 removable filters, and 9 must stay"):
         pst.imp(resnet(8), granularity="filter", rounds=1, rate=0.999)
 
 

@@ -6,12 +6,12 @@ from pysparse_ticket.granularity import (
     keep_n_of_m,
     parse,
     pool_blocks,
-    pool_filters,
     pool_layers,
+    pool_units,
 )
 from pysparse_ticket.models import build
 from pysparse_ticket.scores import magnitude
-from pysparse_ticket.select import budget, drop_lowest_blocks, drop_lowest_filters, erk_budgets, keep_top
+from pysparse_ticket.select import budget, drop_lowest_blocks, drop_lowest_units, erk_budgets, keep_top
 
 
 def test_global_selection_is_exact_and_keeps_earlier_ties():
@@ -126,11 +126,10 @@ def test_lowest_blocks_go_until_their_stage_would_keep_one():
 
 
 def test_lowest_filters_go_but_one_stays():
-    scores = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0, 5.0])}
-    kept = drop_lowest_filters(scores, 2)
-    assert kept["a"].tolist() == [False, True] and kept["b"].tolist() == [False, True, True]
+    filters = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), [1] * 5, list("aabbb")
+    assert drop_lowest_units(*filters, 2).tolist() == [False, True, False, True, True]
     with pytest.raises(ValueError, match="cannot remove 4 filters: of 5 candidates 3 can go"):
-        drop_lowest_filters(scores, 4)
+        drop_lowest_units(*filters, 4)
 
 
 def test_pooling_by_hand():
@@ -138,8 +137,8 @@ def test_pooling_by_hand():
     assert pool_layers(scores, ["s.0", "s.1"], "sum") == {"s.0": 6.0, "s.1": 8.0}
     assert pool_layers(scores, ["s.0", "s.1"], "mean") == {"s.0": 2.0, "s.1": 8.0}
     conv = {"c.weight": torch.arange(8.0).reshape(2, 2, 2, 1)}
-    assert pool_filters(conv, ["c"], "sum")["c"].tolist() == [6.0, 22.0]
-    assert pool_filters(conv, ["c"], "mean")["c"].tolist() == [1.5, 5.5]
+    assert pool_units(conv, [[("c", 0)], [("c", 1)]], "sum").tolist() == [6.0, 22.0]
+    assert pool_units(conv, [[("c", 0)], [("c", 1)]], "mean").tolist() == [1.5, 5.5]
     with pytest.raises(ValueError, match="known: sum, mean"):
         pool_layers(scores, ["s.0"], "median")
 

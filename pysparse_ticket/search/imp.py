@@ -41,6 +41,7 @@ def imp(
     scope: str = "global",
     spare: Sequence[str] = (),
     keep: int | None = None,
+    coupled: bool = True,
     strict: bool = False,
     allow_empty: bool = True,
     control: str | None = None,
@@ -65,7 +66,8 @@ def imp(
     granularity  "weight", "n:m", "block:HxW", "filter" or "layer" (which needs ``sample``)
     rounds       10; rate: the share of what is left that a round removes, 0.2, or one a round. A round keeps
                  round((1 - rate) kept) of all weights (blocks of weights, filters, removable blocks), halves to the
-                 even neighbour. "n:m" goes from m to n in ``rounds`` equal steps (m - n) and takes no rate
+                 even neighbour; where filters that go together cannot make that number, the nearest that they can, of
+                 two the larger. "n:m" goes from m to n in ``rounds`` equal steps (m - n) and takes no rate
     sparsities   in place of a rate: the share of the pieces that is gone after each round
     rewind_step  the step to rewind to; kept when level 0 calls ``step_done`` with it
     mode         "weights" rewinds everything; "learning-rate" keeps the trained weights and buffers, rewinds schedule,
@@ -78,6 +80,8 @@ def imp(
     aggregate    "sum" or "mean" of a piece's scores; scope: "global" or "layer", where weights and blocks compete
     spare        names of parameters or modules that are neither pruned nor counted, such as "fc"
     keep         layers: blocks that stay in every stage (2); filters: filters that stay in every convolution (1)
+    coupled      filters: also those that go together, since their outputs are added, multiplied or filtered depthwise,
+                 scored over all weights of their filters and counted as many; False takes only those that go alone
     strict       layers: also spare the neighbours of downsampling blocks
     allow_empty  accept masks that empty a tensor, as global magnitude does at the end (layer collapse)
     control      "random": pieces go at random; "shuffle": at random within each layer, as many as the importance would
@@ -121,6 +125,7 @@ def imp(
         spare=spare,
         control=control,
         seed=seed,
+        coupled=coupled,
     )
     settings = {
         "search": "imp",
@@ -134,6 +139,7 @@ def imp(
         "spare": list(spare),
         "keep": pieces.keep,
         "strict": strict,
+        **({"coupled": coupled} if granularity == "filter" else {}),
         "allow_empty": allow_empty,
         "control": control,
         "seed": seed,

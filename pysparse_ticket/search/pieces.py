@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..granularity import aggregate, expand_blocks, keep_n_of_m, parse, pool_blocks, pool_filters, pool_layers
+from ..granularity import aggregate, expand_blocks, keep_n_of_m, parse, pool_blocks, pool_layers
 from ..scores import prunable
-from ..select import check_scores, drop_lowest_blocks, drop_lowest_filters, highest, highest_of
-from ..structure import FilterChain, filter_chains, find_blocks
+from ..select import check_scores, drop_lowest_blocks, highest, highest_of
+from ..structure import find_blocks
 from ..ticket import Ticket, fingerprint
+from .filter_units import FilterUnits
 
 SCOPES = ("global", "layer")  # a distribution over layers such as ERK would not come from the importance
 CONTROLS = (None, "random", "reinit", "shuffle")
@@ -99,6 +100,7 @@ class Pieces:
         spare: Sequence[str] = (),
         control: str | None = None,
         seed: int = 0,
+        coupled: bool = True,
     ) -> None:
         self.kind, self.numbers = parse(granularity)
         if scope not in SCOPES:
@@ -121,9 +123,8 @@ class Pieces:
             self.blocks = find_blocks(model, sample, strict)
             self.names = tuple(b for b in self.blocks.candidates if not _within(b, spare))
         elif self.kind == "filter":
-            self.chains: list[FilterChain] = [c for c in filter_chains(model) if not _within(c.producer, spare)]
-            self.names = tuple(chain.producer for chain in self.chains)
-            self.sizes = {name: model.get_submodule(name).out_channels for name in self.names}
+            spared = [name for name, _ in model.named_modules() if _within(f"{name}.weight", spare)]
+            self.filters = FilterUnits(model, coupled, spared, self.keep)
         self.rounds, self.counts = self._plan(schedule, rounds)
 
     @staticmethod
@@ -150,8 +151,7 @@ class Pieces:
                 "": schedule.counts(len(self.names), "removable blocks", least=least, at_least_one=True)
             }
         if self.kind == "filter":
-            least = sum(min(self.keep, size) for size in self.sizes.values())
-            total = sum(self.sizes.values())
+            total, least = self.filters.total, self.filters.least
             return schedule.rounds, {"": schedule.counts(total, "removable filters", least=least, at_least_one=True)}
         sizes = {n: self._tiles(torch.ones(shape)).numel() for n, shape in self.shapes.items()}
         what = "weights" if self.kind == "weight" else "blocks of weights"
@@ -165,18 +165,14 @@ class Pieces:
         if self.kind == "layer":
             return replace(ticket, layers=dict.fromkeys(self.names, True))
         if self.kind == "filter":
-            return replace(ticket, filters={n: torch.ones(s, dtype=torch.bool) for n, s in self.sizes.items()})
+            return replace(ticket, filters=self.filters.whole())
         return replace(ticket, masks={n: torch.ones(s, dtype=torch.bool) for n, s in self.shapes.items()})
 
     def weight_masks(self, ticket: Ticket) -> dict[str, Tensor]:
         """{prunable weight: bool of its shape}, True where the ticket's network has it."""
         masks = {n: ticket.masks.get(n, torch.ones(s, dtype=torch.bool)).clone() for n, s in self.shapes.items()}
-        for chain in self.chains if self.kind == "filter" else ():
-            kept = ticket.filters[chain.producer]
-            if (name := f"{chain.producer}.weight") in masks:
-                masks[name][~kept] = False
-            if (name := f"{chain.consumer}.weight") in masks:
-                masks[name][:, ~kept] = False
+        if self.kind == "filter":
+            self.filters.clear(masks, ticket.filters)
         for name in masks:
             if _within(name, ticket.removed_blocks):
                 masks[name][...] = False
@@ -193,7 +189,7 @@ class Pieces:
             dropped = drop_lowest_blocks(values, self.blocks.stages, self.blocks.stage_sizes, remove, self.keep)
             return replace(ticket, layers={name: name not in dropped for name in self.names})
         if self.kind == "filter":
-            return replace(ticket, filters=drop_lowest_filters(pooled, sum(self.sizes.values()) - kept, self.keep))
+            return replace(ticket, filters=self.filters.prune(ticket.filters, pooled, kept))
         if self.kind == "n:m":
             return replace(ticket, masks={n: keep_n_of_m(s, kept, self.numbers[1]) for n, s in pooled.items()})
         if self.scope == "layer":
@@ -218,7 +214,7 @@ class Pieces:
             sums = {n: torch.tensor(v) for n, v in pool_layers(scores, self.names, "sum").items()}
             counts = {n: torch.tensor(v) for n, v in pool_layers(held, self.names, "sum").items()}
         elif self.kind == "filter":
-            sums, counts = pool_filters(scores, self.names, "sum"), pool_filters(held, self.names, "sum")
+            sums, counts = self.filters.pool(scores), self.filters.pool(held)
         else:
             sums = {n: self._tiles(s) for n, s in scores.items()}
             counts = {n: self._tiles(h) for n, h in held.items()}
