@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .commands.analyze import analyze
 from .commands.compare import compare
 from .commands.find import find
 from .commands.find_trained import find_trained
@@ -13,6 +14,7 @@ from .commands.transfer import transfer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for command in (info, find, find_trained, transfer, compare):
     app.command()(command)
+app.add_typer(analyze, name="analyze")
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def compare(
     """
     data = load_data(settings)
     searches = arms(settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_same_settings(folder, settings)
     dense_times = remembered(folder / "dense.json", lambda: dense_step_seconds(settings, data))
     dense_format = min(dense_times, key=dense_times.__getitem__)
 
@@ -141,6 +141,26 @@ def compare(
     write_whole(folder / "table.md", text.encode())
     plot_arms(summary, folder / "plot.png")
     return summary
+
+
+def check_same_settings(folder: Path, settings: Settings) -> None:
+    """Keep the settings; ValueError naming the first that differs once the folder holds training of other ones.
+
+    Seeds may be added, and what only reads or reports may change.
+    """
+    free = ("seeds", "root", "download", "country", "gco2_per_kwh")
+    ours = json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in free}))
+    ours |= ours.pop("train")
+    path = folder / "settings.json"
+    trained = path.exists() and any(folder.glob("*.checkpoint"))
+    theirs = json.loads(path.read_text()) if trained else ours
+    for name in ours | theirs:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{folder} holds another comparison: its {name} is {theirs.get(name)!r}, this one's "
+                f"{ours.get(name)!r}; give another --name"
+            )
+    write_whole(path, json.dumps(ours, indent=2).encode())
 
 
 def remembered(path: Path, make: Callable[[], dict]) -> dict:

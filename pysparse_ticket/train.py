@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +62,7 @@ def train(
     stop_after: int | None = None,
     extra: dict[str, torch.Tensor] | None = None,
     start: Mapping | None = None,
+    carry: Sequence = (),
 ) -> History:
     """Trains ``model`` in place and returns its history.
 
@@ -79,13 +80,15 @@ def train(
     extra: further tensors of the run (masks, say), kept in the checkpoint and on resume copied into in place.
     start: :func:`position` of another run's checkpoint with the same config: begin there and not at step 0, with its
         history, data order and generators, and with ``model`` and ``optimizer`` as they are (rewound, say).
+    carry: further objects of the run with state_dict() and load_state_dict(), a schedule of ``pst.dynamic`` say; on
+        resume loaded in their order, before the model and the optimizer.
 
     Raises Interrupted after Ctrl-C (the step in progress is finished and kept), FloatingPointError when the loss is no
     longer finite, ValueError when the checkpoint belongs to another run, OSError when it cannot be written.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, or None for once an epoch, got {checkpoint_every}")
-    run = _Run(model, data, config, optimizer, loss, checkpoint, extra or {})
+    run = _Run(model, data, config, optimizer, loss, checkpoint, extra or {}, carry)
     if checkpoint is not None and resume and Path(checkpoint).exists():
         run.restore()
     else:
@@ -110,8 +113,8 @@ def position(checkpoint: str | Path) -> dict:
 class _Run:
     """Everything a checkpoint holds, and the loop over it."""
 
-    def __init__(self, model, data, config, optimizer, loss, path, extra):
-        self.config, self.loss, self.path, self.extra = config, loss, path, extra
+    def __init__(self, model, data, config, optimizer, loss, path, extra, carry):
+        self.config, self.loss, self.path, self.extra, self.carry = config, loss, path, extra, tuple(carry)
         self.device = torch.device(config.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {config.device!r} was asked for, but torch sees no GPU: use device='cpu'")
@@ -261,6 +264,7 @@ class _Run:
                 "losses": self.losses,
                 "model": dict(self.model.state_dict()),
                 "extra": self.extra,
+                "carry": [thing.state_dict() for thing in self.carry],
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": checkpoints.rng_state(self.device),
@@ -272,6 +276,8 @@ class _Run:
     def restore(self):
         tree = checkpoints.load(self.path)
         checkpoints.check_same_run(self.path, tree, self.identity())
+        for thing, state in zip(self.carry, tree.get("carry", ()), strict=True):
+            thing.load_state_dict(state)
         weights = OrderedDict(tree["model"])
         weights._metadata = getattr(self.model.state_dict(), "_metadata", None)  # module versions, which torch looks up
         self.model.load_state_dict(weights)
@@ -293,7 +299,10 @@ class _Run:
     def identity(self) -> dict:
         """What has to be equal for a checkpoint to be gone on from, by the names that an error message gives."""
         facts = {**asdict(self.config), "number of training samples": self.samples}
+        facts["shape of the test images"] = tuple(self.data.test_images.shape)
         facts["optimizer"] = type(self.optimizer).__name__
+        if self.carry:
+            facts["carry"] = [type(thing).__name__ for thing in self.carry]
         for i, group in enumerate(self.optimizer.param_groups):
             facts[f"number of parameters in optimizer group {i}"] = len(group["params"])
             settings = (key for key in group if key not in ("params", "lr"))  # lr moves; initial_lr stands for it

@@ -80,3 +80,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """For commands that train: 80 digits of 8x8 pixels and 20 to test on, whatever data set is asked for."""
+    from pysparse_ticket import data as datasets
+
+    few = datasets.load("digits", size=8).subset(train=80, test=20)
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: few)
+    return few

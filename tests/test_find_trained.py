@@ -17,10 +17,7 @@ from pysparse_ticket.train import Interrupted, train
 SETTINGS = Settings(data="digits", model="resnet14", size=8, train=recipe(epochs=2, batch_size=32))
 
 
-@pytest.fixture(autouse=True)
-def few_digits(monkeypatch):
-    few = datasets.load("digits", size=8).subset(train=80, test=20)
-    monkeypatch.setattr(datasets, "load", lambda *_, **__: few)
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def test_the_early_state_is_that_of_the_epoch_and_survives_an_interruption(tmp_path):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .. import models
 from ..compare import Settings, first_batch, load_data, recipe
 from ..search import elastic
 from ..ticket import Ticket
+from .stored import network_like
 from .terminal import console, one_sentence
 
 
@@ -23,6 +22,9 @@ def transfer(
     order: Annotated[str, typer.Option(help="append (1 2 1 2) or interpolate (1 1 2 2)")] = "append",
     units: Annotated[str, typer.Option(help="all, or how many units of a stage are repeated")] = "all",
     mapping: Annotated[str | None, typer.Option(help="your own, as '0:0;1:1,5;2:2,6'; stages separated by |")] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option(help="a container of repeated units, such as stage1; repeatable [found by name]")
+    ] = None,
     control: Annotated[str | None, typer.Option(help="random-mask, random-added, reinit or snip-added")] = None,
     data: Annotated[str, typer.Option(help="of snip-added")] = "digits",
     size: int = 16,
@@ -39,11 +41,12 @@ def transfer(
             batches = first_batch(settings, load_data(settings), seed)
         result = elastic(
             found,
-            None if source is None else _network_like(source, found, seed),
-            _network_like(target, found, seed),
+            None if source is None else network_like(source, found, seed)[0],
+            network_like(target, found, seed)[0],
             order,
             units=int(units) if units.isdigit() else units,
             mapping=mapping,
+            stages=stages or None,
             control=control,
             batches=batches,
             seed=seed,
@@ -58,17 +61,3 @@ def transfer(
             soft_wrap=True,
             highlight=False,
         )
-
-
-def _network_like(name: str, ticket, seed: int) -> torch.nn.Module:
-    """The named network, freshly drawn, with the inputs and classes of the ticket's."""
-    weights = [shape for _, shape in ticket.architecture if len(shape) > 1]
-    if not weights:
-        raise ValueError("this ticket does not record its network, so none can be built like it")
-    first, classes = weights[0], weights[-1][0]
-    flat = len(first) == 2
-    # only the channels of a convolution's input show in its weights; 32x32 is enough for every network
-    shape = (first[1], 1, 1) if flat and name.startswith(("mlp", "lenet")) else (1 if flat else first[1], 32, 32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return models.build(name, classes, shape)
