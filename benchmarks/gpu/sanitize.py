@@ -1,0 +1,110 @@
+"""Every format of every module at small odd shapes, forward and backward, compared with the dense module in fp64.
+
+    python -m gpu.sanitize [--device cuda]        what compute-sanitizer watches
+
+Small, so that the tool's slowness leaves it a few seconds; odd, so that every edge of a tile is cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gpu.checks import LIMITS, relative_error, strict_float32
+from pysparse_ticket.granularity import expand_blocks
+from pysparse_ticket.nn import FilterSparseConv2d, MaskedConv2d, MaskedLinear
+
+LINEAR = ((37, 70, 53), (130, 200, 136))  # samples, input and output features
+CONV = ((3, 20, 9, 24, 1), (2, 17, 10, 19, 2))  # images, input channels, side, filters, stride
+
+
+def masks(rows: int, columns: int) -> dict[str, Tensor]:
+    """Unstructured and block masks, with dead rows and columns."""
+    generator = torch.Generator().manual_seed(0)
+    found = {"unstructured": torch.rand(rows, columns, generator=generator) < 0.1}
+    for side in (32, 64):
+        grid = (-(-rows // side), -(-columns // side))
+        kept = torch.rand(grid, generator=generator) < 0.6
+        kept.view(-1)[0] = True
+        found[f"blocks of {side}"] = expand_blocks(kept, (rows, columns), side, side)
+    found["unstructured"][rows // 2] = False
+    found["unstructured"][:, columns // 3] = False
+    return found
+
+
+def modules(device: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """(name, module, input), each in each of its formats."""
+    for samples, inputs, outputs in LINEAR:
+        for name, mask in masks(outputs, inputs).items():
+            for fmt in MaskedLinear.FORMATS:
+                layer = nn.Linear(inputs, outputs).to(device)
+                masked = MaskedLinear.from_dense(layer, mask.to(device))
+                yield from _in_format(masked, fmt, f"{samples}x{inputs}x{outputs}, {name}", (samples, inputs), device)
+    for images, channels, side, filters, stride in CONV:
+        shape, size = f"{images}x{channels}x{side}x{side} to {filters}", (images, channels, side, side)
+        conv = nn.Conv2d(channels, filters, 3, stride, 1).to(device)
+        mask = (torch.rand(conv.weight.shape) < 0.2).to(device)
+        for fmt in MaskedConv2d.FORMATS:
+            yield from _in_format(MaskedConv2d.from_dense(conv, mask), fmt, shape, size, device)
+        keep_out, keep_in = torch.arange(filters) % 3 != 1, torch.arange(channels) % 2 == 0
+        for fmt in getattr(FilterSparseConv2d, "FORMATS", (None,)):
+            sparse = FilterSparseConv2d.from_dense(conv, keep_out.to(device), keep_in.to(device))
+            yield from _in_format(sparse, fmt, f"{shape}, filters", size, device)
+
+
+def _in_format(module: nn.Module, fmt: str | None, shape: str, size: tuple[int, ...], device: str):
+    if fmt is not None:
+        try:
+            module.set_format(fmt)
+        except (ValueError, RuntimeError) as reason:  # a format that this device or this mask has not
+            print(f"not there: {type(module).__name__} {shape} in {fmt}: {reason}")
+            return
+    x = torch.randn(size, device=device)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    yield f"{type(module).__name__} {shape} in {fmt or 'its format'}", module, x
+
+
+def check(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
+    """The largest relative error of the output and all gradients; SystemExit when it is over what the dtype allows."""
+    dense = module.to_dense().double()
+    leaf, own = x.double().requires_grad_(), x.to(dtype).requires_grad_()
+    expected = dense(leaf)
+    grad = torch.randn(expected.shape, device=x.device)
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+        y = module(own)
+    y.backward(grad.to(y.dtype))
+    expected.backward(grad.double())
+    weight = dense.weight.grad
+    if hasattr(module, "weight_parameter"):
+        pairs = [(module.dense_like(module.weight_parameter.grad), weight * module.mask)]
+    else:
+        pairs = [(module.expand_like("weight", module.weight.grad), weight * module.mask)]
+    pairs += [(y, expected), (own.grad, leaf.grad)]
+    worst = max(relative_error(a, b) for a, b in pairs)
+    if not worst < LIMITS[dtype]:
+        raise SystemExit(f"{name}, {dtype}: wrong by {worst:.1e}")
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    count = 0
+    with strict_float32():
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, module, x in modules(options.device):
+                print(f"{name}, {dtype}: {check(name, module, x, dtype):.1e}", flush=True)
+                count += 1
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count} cases agree with the dense module in fp64")
+
+
+if __name__ == "__main__":
+    main()
