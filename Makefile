@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 RECIPES := $(filter-out %_setup.py,$(wildcard benchmarks/papers/*_*.py))
 
-.PHONY: setup demo test bench bench-ops papers lint format wheel-test clean
+.PHONY: setup demo test bench bench-ops gpu-test gpu-bench papers lint format wheel-test clean
 
 setup: $(SETUP)
 
@@ -38,6 +38,15 @@ bench-ops: $(SETUP)
 # the papers' tables, each small and on embedded data in a minute or two; one in full: python benchmarks/papers/layers_table2.py --data-root DIR
 papers: $(SETUP)
 	for recipe in $(RECIPES); do $(BIN)/python $$recipe --quick || exit 1; done
+
+# on a machine with a CUDA GPU: builds in place with $(PYTHON) and the torch, triton and nvcc that it has, installs nothing,
+# ends within BUDGET seconds (570); logs and results also go to the folder OUT
+gpu-test:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" $(PYTHON) -m gpu.tests
+
+# into benchmarks/results/<gpu>/gpu.csv and gpu.md, stage by stage; STAGES="models joules" runs some
+gpu-bench:
+	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" $(PYTHON) -m gpu.run $(STAGES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def _in_format(module: nn.Module, fmt: str | None, shape: str, size: tuple[int, 
 def check(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
     """The largest relative error of the output and all gradients; SystemExit when it is over what the dtype allows."""
     dense = module.to_dense().double()
-    leaf, own = x.double().requires_grad_(), x.to(dtype).requires_grad_()
+    leaf, own = x.double().requires_grad_(), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     expected = dense(leaf)
     grad = torch.randn(expected.shape, device=x.device)
     with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):

@@ -39,19 +39,19 @@ def stages() -> list[Stage]:
     missing = None if checker else "compute-sanitizer is not on this machine"
     sanitized = [sys.executable, "-m", "gpu.sanitize", "--device", "cuda"]
 
-    def sanitizer(tool: str) -> Stage:
+    def sanitizer(tool: str, reserve: float) -> Stage:
         words = [checker or "", "--tool", tool, "--error-exitcode", FLAWS, "--print-limit", "20", *sanitized]
         # without the caching allocator a buffer ends where its allocation ends
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-        return Stage(tool, words, 110, reserve=20, missing=missing, env=env)
+        return Stage(tool, words, 110, reserve=reserve, missing=missing, env=env)
 
     spread = ["-p", "xdist", "-n", "8", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     threads = {"OMP_NUM_THREADS": "2"} if spread else {}
     return [
-        Stage("build", [sys.executable, "-m", "gpu.build_in_place"], 200),
-        Stage("gpu tests", pytest_words("-m", "gpu", "tests"), 300, reserve=150, env=quiet),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
+        Stage("build", [sys.executable, "-m", "gpu.build_in_place"], 160),
+        Stage("gpu tests", pytest_words("-m", "gpu", "tests"), 300, reserve=170, env=quiet),
+        sanitizer("memcheck", 75),
+        sanitizer("racecheck", 0),
         Stage(
             "cpu tests", pytest_words(*spread, "-x", "-m", "not gpu", "tests"), 300, optional=True, env=quiet | threads
         ),
