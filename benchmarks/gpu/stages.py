@@ -59,16 +59,24 @@ def run_stages(
     logs: Path,
     total: float = TOTAL,
     show: Callable[[str], object] = print,
+    *,
+    before: Callable[[Stage], object] = lambda stage: None,
+    after: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Runs them in their order and shows a table of their outcomes last; each one's output is in ``logs``."""
+    """Runs them in their order and shows a table of their outcomes last; each one's output is in ``logs``.
+
+    ``before`` is called with each stage, ``after`` with its outcome: whatever ends the whole, what is done by then is.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + total
     outcomes = []
     for stage in stages:
         left = min(stage.seconds, end - time.monotonic() - stage.reserve)
         show(f"== {stage.name} (at most {max(left, 0):.0f} s)")
+        before(stage)
         outcome = _run(stage, left, logs / f"{stage.name.replace(' ', '-')}.log", show)
         outcomes.append(outcome)
+        after(outcome)
         show(f"   {outcome.verdict} after {outcome.seconds:.0f} s: {outcome.last}")
     width = max(len(o.name) for o in outcomes)
     show("\n" + "\n".join(f"{o.name:<{width}}  {o.verdict:<8}  {o.seconds:5.0f} s  {o.last}" for o in outcomes))

@@ -6,7 +6,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,7 +200,7 @@ def interleave(
                 samples[name].append(seconds)
             elif on_gpu and turn == warmup - 1:
                 calls[name] = max(1, min(MOST_CALLS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
-    return {name: _timing(times) for name, times in samples.items()}
+    return {name: summarised(times) for name, times in samples.items()}
 
 
 def _between_events(arm: Callable[[], object], calls: int, device: torch.device) -> float:
@@ -222,6 +222,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timing(times: list[float]) -> Timing:
+def summarised(times: Sequence[float]) -> Timing:
+    """The median and the spread of one arm's samples, in seconds."""
     p20, p80 = np.percentile(times, [20, 80])
     return Timing(statistics.median(times), float(p20), float(p80), tuple(times))

@@ -6,8 +6,11 @@ alone, RAPL's the CPU packages alone (neither memory, disks nor fans).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -114,12 +117,52 @@ class NvmlCounter:
         except self._nvml.NVMLError as error:
             raise NotMeasured(f"{self.details['gpu']} has no readable total-energy counter: {error}") from None
 
+    def watts(self) -> float:
+        """The board's present power: on later GPUs its mean over the last second. Raises NotMeasured."""
+        try:
+            return self._nvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000
+        except self._nvml.NVMLError as error:
+            raise NotMeasured(f"{self.details['gpu']} has no readable power: {error}") from None
+
     def celsius(self) -> float | None:
         """The GPU's temperature, which moves its power; None where it cannot be read."""
         try:
             return float(self._nvml.nvmlDeviceGetTemperature(self._gpu, self._nvml.NVML_TEMPERATURE_GPU))
         except self._nvml.NVMLError:
             return None
+
+
+class PolledPower:
+    """Joules between :meth:`start` and :meth:`stop` by trapezoids of a counter's ``watts()``, read every ``every``
+    seconds by a thread: a cross-check of the total, which misses what happens between two readings."""
+
+    def __init__(self, counter: NvmlCounter, every: float = 0.05):
+        self._counter, self._every = counter, every
+        self._readings: list[tuple[float, float]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def start(self) -> PolledPower:
+        self._read()
+        self._thread.start()
+        return self
+
+    def stop(self) -> float | None:
+        """The joules; None where the power could not be read."""
+        self._done.set()
+        self._thread.join()
+        self._read()
+        pairs = itertools.pairwise(self._readings)
+        joules = sum((later - earlier) * (a + b) / 2 for (earlier, a), (later, b) in pairs)
+        return joules if len(self._readings) > 1 else None
+
+    def _poll(self) -> None:
+        while not self._done.wait(self._every):
+            self._read()
+
+    def _read(self) -> None:
+        with contextlib.suppress(NotMeasured):
+            self._readings.append((time.perf_counter(), self._counter.watts()))
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""Masked linear layers whose masks are blocks: ours in tiles against cuBLAS and torch's BSR operators.
+
+python -m gpu.block_matmul [--tiny --device cpu] [--only "block 64." ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpu.checks import strict_float32
+from gpu.linear_arms import Problem
+from gpu.program import BF16, Recorder, attempt, options, race, wanted
+from pysparse_ticket.granularity import expand_blocks, keep_n_of_m
+
+SPARSITIES = (0.9, 0.75, 0.95, 0.5)  # the middle of the table first
+# output and input features, tokens, block
+SHAPES = ((4096, 4096, 8192, 64), (4096, 4096, 8192, 128), (4096, 1024, 32768, 64), (4096, 4096, 8192, 32))
+TINY = ((64, 64, 48, 16), (96, 32, 40, 16))
+FULL_TILES = "mask in the kernel, no empty tile"
+
+
+def name_of(outputs: int, inputs: int, tokens: int) -> str:
+    return f"{inputs}x{outputs}, {tokens} tokens"
+
+
+def block_mask(outputs: int, inputs: int, side: int, sparsity: float, device: torch.device) -> Tensor:
+    """Exactly the sparsity's share of random blocks removed, up to one block."""
+    grid = (-(-outputs // side), -(-inputs // side))
+    kept = torch.rand(grid, device=device).flatten().argsort() >= round(sparsity * grid[0] * grid[1])
+    return expand_blocks(kept.view(grid), (outputs, inputs), side, side)
+
+
+def main(argv: Sequence[str] | None = None) -> Recorder:
+    chosen = options(__doc__, argv)
+    torch.manual_seed(0)
+    recorder = Recorder("block_matmul", chosen)
+    shapes = TINY if chosen.tiny else SHAPES
+    outputs, inputs, tokens, _ = shapes[0]
+    with strict_float32():
+        for shape in shapes:
+            if wanted(f"{name_of(*shape[:3])}, block {shape[3]}.", chosen):
+                blocks(recorder, *shape)
+        if wanted("others", chosen):
+            whole_tiles(recorder, outputs, inputs, tokens)
+            two_of_four(recorder, outputs, inputs, tokens)
+    return recorder
+
+
+def blocks(recorder: Recorder, outputs: int, inputs: int, tokens: int, side: int) -> None:
+    chosen, shape = recorder.options, name_of(outputs, inputs, tokens)
+    for sparsity in SPARSITIES[:2] if chosen.tiny else SPARSITIES:
+        if recorder.late(f"block {side} of {shape} at {sparsity:.0%}"):
+            return
+        mask = block_mask(outputs, inputs, side, sparsity, chosen.device)
+        problem = Problem(outputs, inputs, tokens, mask, BF16, chosen.device)
+        # the dense product is the same at every sparsity, compiled or not
+        rivals = problem.dense(chosen.compile and sparsity == SPARSITIES[0])
+        arms = [
+            attempt(recorder, shape, f"block {side}", sparsity, lambda p=problem: p.ours(f"block {side}", "blocks")),
+            attempt(recorder, shape, f"torch BSR {side}", sparsity, lambda p=problem: p.bsr(side)),
+        ]
+        race(recorder, shape, sparsity, rivals, [arm for arm in arms if arm])
+
+
+def whole_tiles(recorder: Recorder, outputs: int, inputs: int, tokens: int) -> None:
+    """An unstructured mask that leaves no tile empty, by the tiled kernels: what applying it costs."""
+    chosen, shape = recorder.options, name_of(outputs, inputs, tokens)
+    if recorder.late(FULL_TILES):
+        return
+    mask = torch.rand(outputs, inputs, device=chosen.device) < 0.5
+    problem = Problem(outputs, inputs, tokens, mask, BF16, chosen.device)
+    arm = attempt(recorder, shape, FULL_TILES, 0.5, lambda: problem.ours(FULL_TILES, "blocks"))
+    if arm:
+        race(recorder, shape, 0.5, problem.dense(False), [arm])
+
+
+def two_of_four(recorder: Recorder, outputs: int, inputs: int, tokens: int) -> None:
+    chosen, shape = recorder.options, name_of(outputs, inputs, tokens)
+    if recorder.late("2:4"):
+        return
+    mask = keep_n_of_m(torch.rand(outputs, inputs, device=chosen.device), 2, 4)
+    problem = Problem(outputs, inputs, tokens, mask, BF16, chosen.device)
+    arms = [
+        attempt(recorder, shape, "2:4", 0.5, lambda: problem.ours("2:4", "2:4")),
+        attempt(recorder, shape, "torch 2:4", 0.5, problem.semi_structured),
+    ]
+    race(recorder, shape, 0.5, problem.dense(False), [arm for arm in arms if arm])
+
+
+if __name__ == "__main__":
+    main()

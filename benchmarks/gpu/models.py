@@ -1,0 +1,245 @@
+"""Training steps of whole models on the GPU: tickets against the best dense, in milliseconds, megabytes and joules.
+
+    python -m gpu.models resnet56 [--tiny --device cpu]
+
+bf16 by autocast, channels_last where there are convolutions, random data, SGD with momentum. First everything eager and
+by graph replay; then, with the time that is left, dense and the model's main ticket compiled, and their joules.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pysparse_ticket as pst
+from gpu.checks import relative_error, strict_float32
+from gpu.joules import step_energy
+from gpu.program import BF16, Arm, Recorder, attempt, options, race
+from gpu.record import Row
+from gpu.tickets import Kind, ViTStack, random_ticket
+from gpu.timing import Prepared, prepare
+from pysparse_ticket.measure import peak_bytes
+from pysparse_ticket.measure.energy import NotMeasured, PolledPower, open_counter
+from pysparse_ticket.models import build
+
+LOGITS_ERROR = 1e-3  # fp32 sums in another order through up to 56 layers with batch norms
+COMPILE_SECONDS = 100.0  # left at least, before dense and a ticket are compiled
+JOULES_SECONDS = 45.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a network is built, for inputs of which shape, and its tickets; the first one is its main one."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    name: str
+    classes: int
+    tickets: tuple[Kind, ...]
+
+
+RESNET = (Kind("filter", 0.5), Kind("weight", 0.95))
+MODELS = {
+    "resnet56": Model(
+        lambda: build("resnet56", 10, (3, 32, 32)),
+        (128, 3, 32, 32),
+        "CIFAR-shaped, batch 128",
+        10,
+        (Kind("layer", 12 / 27), *RESNET),
+    ),
+    "resnet20": Model(
+        lambda: build("resnet20", 10, (3, 32, 32)),
+        (128, 3, 32, 32),
+        "CIFAR-shaped, batch 128",
+        10,
+        (Kind("layer", 4 / 9), *RESNET),
+    ),
+    "resnet50": Model(
+        lambda: build("imagenet-resnet50", 1000, (3, 224, 224)),
+        (128, 3, 224, 224),
+        "ImageNet-shaped, batch 128",
+        1000,
+        (*RESNET[:1], Kind("layer", 6 / 16), *RESNET[1:]),
+    ),
+    "vit": Model(
+        lambda: ViTStack(768, 3072, 12, 1000),
+        (128, 196, 768),
+        "12 x (768-3072-768), 128 x 196 tokens",
+        1000,
+        (Kind("block 64", 0.9), Kind("block 64", 0.75), Kind("layer", 6 / 12), Kind("weight", 0.95)),
+    ),
+}
+TINY = {
+    "resnet56": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
+    "resnet20": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
+    "resnet50": {"make": lambda: build("tiny-resnet34", 10, (3, 16, 16)), "shape": (4, 3, 16, 16), "classes": 10},
+    "vit": {"make": lambda: ViTStack(256, 512, 6, 10), "shape": (2, 5, 256), "classes": 10},
+}
+
+
+def training_step(model: nn.Module, x: Tensor, labels: Tensor, run: nn.Module | None = None):
+    """The step of the model, called through ``run`` (its compiled twin), and its optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    run = run or model
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, BF16):
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step, optimizer
+
+
+def checked(model: nn.Module, x: Tensor) -> float:
+    """Relative error of the logits against the densified model's, both in fp32; ValueError when it is too large."""
+    few = x[:32]
+    with torch.no_grad(), strict_float32():
+        got = copy.deepcopy(model).train()(few)
+        want = pst.densify(copy.deepcopy(model)).train()(few)
+    error = relative_error(got, want)
+    if not error < LOGITS_ERROR:
+        raise ValueError(f"wrong: the logits are off by {error:.1e}")
+    return error
+
+
+class Bench:
+    def __init__(self, recorder: Recorder, model: Model) -> None:
+        self.recorder, self.model, self.options = recorder, model, recorder.options
+        device = self.options.device
+        dense = model.make().to(device)
+        x = torch.randn(model.shape, device=device)
+        if x.dim() == 4:
+            dense, x = (t.to(memory_format=torch.channels_last) for t in (dense, x))
+        self.dense, self.x = dense.train(), x
+        self.labels = torch.randint(model.classes, (len(x),), device=device)
+        self.sparse: dict[Kind, nn.Module] = {}
+        self.sparsities: dict[str, float] = {}
+
+    def arm(self, name: str, model: nn.Module, error: float | None = None, compiled: bool = False) -> Arm:
+        own = copy.deepcopy(model)
+        run = torch.compile(own, dynamic=False) if compiled else None
+        return Arm(name, {"step": lambda: training_step(own, self.x, self.labels, run)[0]}, error)
+
+    def ticket(self, kind: Kind) -> Arm:
+        """Sparsified under autocast, so that the plan's races of masked layers see the dtypes of training. Removed
+        filters and blocks are run removed, whatever a race would say: their figure is wanted."""
+        model = copy.deepcopy(self.dense)
+        x = self.x
+        ticket = random_ticket(model, kind, x[:1])
+        with torch.autocast(x.device.type, BF16):
+            model = pst.sparsify(model, ticket, x if ticket.masks else None).train()
+        arm = self.arm(kind.arm, model, checked(model, x))
+        self.sparse[kind] = model
+        counts = Counter(row.format for row in pst.plan(model).layers)
+        arm.note = "; ".join([", ".join(f"{n} {fmt}" for fmt, n in counts.items()), *pst.plan(model).notes])
+        return arm
+
+    def memory(self, name: str, model: nn.Module, sparsity: float) -> float | None:
+        own = copy.deepcopy(model)
+        step, optimizer = training_step(own, self.x, self.labels)
+        try:
+            return peak_bytes(step, own, optimizer, self.options.device) / 1e6
+        except RuntimeError as error:
+            print(f"no peak memory of {name} at {sparsity:.2f}: {error}", flush=True)
+            return None
+
+    def run(self) -> None:
+        shape = self.model.name
+        dense = self.arm("dense", self.dense)
+        kinds = self.model.tickets
+        arms = []
+        for kind in kinds:
+            arm = attempt(self.recorder, shape, kind.arm, kind.share, lambda kind=kind: self.ticket(kind))
+            if arm:
+                arms.append(arm)
+                self.sparsities[arm.name] = kind.share
+        self.race([dense], arms, graph=True)
+        self.race([dense], arms, graph=False)
+        base = self.memory("dense", self.dense, 0.0)
+        for kind, model in self.sparse.items():
+            ours = self.memory(kind.name, model, kind.share)
+            self.recorder.add(Row("", shape, kind.arm, kind.share, "peak memory", "MB", ours, base, "dense"))
+        self.best = {"dense": dense} | {arm.name: arm for arm in arms[:1]}
+        left = self.options.end - time.monotonic()
+        if self.options.compile and left > COMPILE_SECONDS:
+            self.compiled(kinds[0], dense)
+        if self.options.end - time.monotonic() > JOULES_SECONDS:
+            self.energy(kinds[0])
+
+    def race(self, rivals: Sequence[Arm], arms: Sequence[Arm], graph: bool) -> dict[str, Prepared]:
+        found = race(
+            self.recorder, self.model.name, 0.0, rivals, arms, ("step",), graph=graph, sparsities=self.sparsities
+        )
+        return found["step"]
+
+    def compiled(self, kind: Kind, dense: Arm) -> None:
+        """Dense and the main ticket compiled, beside their eager twins; the figures that count."""
+        torch.compiler.reset()
+        arms = [arm for name, arm in self.best.items() if name != "dense"]
+        if kind in self.sparse:
+            own = attempt(
+                self.recorder,
+                self.model.name,
+                kind.arm,
+                kind.share,
+                lambda: self.arm(f"{kind.arm}, compiled", self.sparse[kind], compiled=True),
+            )
+            arms += [own] if own else []
+            self.sparsities[f"{kind.arm}, compiled"] = kind.share
+        self.race([dense, self.arm("dense, compiled", self.dense, compiled=True)], arms, graph=True)
+
+    def energy(self, kind: Kind) -> None:
+        """Joules a step of dense and the main ticket, each by graph replay."""
+        shape, device = self.model.name, self.options.device
+        if len(self.best) < 2:
+            return
+        try:
+            counter = open_counter(device)
+            steps = {name: prepare(arm.calls["step"], device) for name, arm in self.best.items()}
+            found = step_energy(
+                {name: one.call for name, one in steps.items()},
+                counter,
+                device,
+                power=(lambda: PolledPower(counter)) if hasattr(counter, "watts") else None,
+            )
+        except NotMeasured as reason:
+            self.recorder.add(Row("", shape, kind.arm, kind.share, "joules a step", "J", None, note=str(reason)))
+            return
+        base, ours = found.arms["dense"], found.arms[kind.arm]
+        note = f"{counter.method}, period {found.period:.3g} s, idle {found.idle_watts:.0f} W, {ours.windows} windows"
+        row = Row("", shape, kind.arm, kind.share, "joules a step", "J", ours.joules, base.joules, "dense", ours.spread)
+        row = replace(row, note=note, how="/".join(sorted({one.how for one in steps.values()})))
+        net = replace(row, what="net joules a step", ours=ours.net_joules, best=base.net_joules)
+        self.recorder.add(row, net)
+        if ours.polled_joules is not None:
+            polled = replace(row, what="joules a step by polled power", note="trapezoids of the board's power")
+            self.recorder.add(replace(polled, ours=ours.polled_joules, best=base.polled_joules))
+
+
+def main(argv: Sequence[str] | None = None) -> Recorder:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in MODELS:
+        raise SystemExit(f"name a model first: {', '.join(MODELS)}")
+    chosen = options(__doc__, words[1:])
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    model = MODELS[words[0]]
+    if chosen.tiny:
+        model = replace(model, **TINY[words[0]])
+    recorder = Recorder(f"model {words[0]}", chosen)
+    Bench(recorder, model).run()
+    return recorder
+
+
+if __name__ == "__main__":
+    main()
