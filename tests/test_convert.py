@@ -31,10 +31,11 @@ def masked_twin(model, ticket):
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for name, mask in ticket.masks.items():
-            twin.get_parameter(name).mul_(mask)
+            twin.get_parameter(name).mul_(mask.to(twin.get_parameter(name).device))
         for name in ticket.removed_blocks:
             twin.set_submodule(name, nn.Identity())
         for name, kept in ticket.filters.items():
+            kept = kept.to(twin.get_parameter(f"{name}.weight").device)
             twin.get_parameter(f"{name}.weight").mul_(kept[:, None, None, None])
             norm = name.replace("conv", "norm").replace("stem", "stem_norm").replace("shortcut.0", "shortcut.1")
             for parameter in twin.get_submodule(norm).parameters():
@@ -144,15 +145,15 @@ def test_optimizer_state_is_carried_over_and_back(case, kind, device):
         with torch.no_grad():
             for name, mask in ticket.masks.items():
                 for t in (twin.get_parameter(name), *_like(other, twin.get_parameter(name))):
-                    t.mul_(mask)
+                    t.mul_(mask.to(device))
             for name in filters:
-                kept = ticket.filters["0"]
+                kept = ticket.filters["0"].to(device)
                 p = twin.get_parameter(name)
                 for t in (p, *_like(other, p)):
                     t.mul_(kept.reshape(-1, *[1] * (p.dim() - 1)))
             if filters:
                 for t in (twin[3].weight, *_like(other, twin[3].weight)):
-                    t.mul_(ticket.filters["0"][None, :, None, None])
+                    t.mul_(ticket.filters["0"].to(device)[None, :, None, None])
 
     to_ticket()
     for _ in range(2):
@@ -161,7 +162,7 @@ def test_optimizer_state_is_carried_over_and_back(case, kind, device):
             F.cross_entropy(net(x), y).backward()
             for name, mask in ticket.masks.items():
                 if net is twin:
-                    net.get_parameter(name).grad.mul_(mask)
+                    net.get_parameter(name).grad.mul_(mask.to(device))
             for p in dropped:
                 p.grad = None
             opt.step()
@@ -184,7 +185,7 @@ def _like(optimizer, parameter):
 
 def _survivors(name, tensor, ticket, case):
     if case == "filter" and name in ("1.running_mean", "1.running_var"):
-        kept = ticket.filters["0"]
+        kept = ticket.filters["0"].to(tensor.device)
         return torch.where(kept, tensor, torch.full_like(tensor, float(name.endswith("var"))))
     return tensor
 

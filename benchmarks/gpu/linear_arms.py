@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu.program import Arm, compared, limit_of, passes
+from gpu.timing import first_line
 from pysparse_ticket.nn import MaskedLinear
+from pysparse_ticket.ops import library
 
 warnings.filterwarnings("ignore", "Sparse (CSR|BSR) tensor support is in beta")
 
@@ -57,7 +59,7 @@ class Problem:
         return tensor * self.mask if name == "dW" else tensor
 
     def ours(self, name: str, fmt: str) -> Arm:
-        """Our module in a format; ValueError where this version has it not."""
+        """Our module in a format; ValueError where this version has it not. Its note says which backend ran."""
         module = MaskedLinear.from_dense(copy.deepcopy(self.layer), self.mask)
         if module.format != fmt:
             module.set_format(fmt)
@@ -68,35 +70,43 @@ class Problem:
         def plain(what: str, tensor: Tensor) -> Tensor:
             return module.dense_like(tensor) if what == "dW" else tensor
 
-        return compared(Arm(name, calls), self.want, limit_of(self.dtype), plain)
+        library._ran.clear()
+        arm = compared(Arm(name, calls), self.want, limit_of(self.dtype), plain)
+        arm.note = ", ".join(f"{op} on {backend}" for op, backend in library._ran.items())
+        return arm
 
     def bsr(self, side: int) -> Arm:
         """torch's BSR products of the same mask, and its sampled product for the gradient; no autograd joins them."""
         weight = self.layer.weight.detach()
-        turned = weight.T.contiguous()
-        w, wt = weight.to_sparse_bsr((side, side)), turned.to_sparse_bsr((side, side))
+        w, wt = weight.to_sparse_bsr((side, side)), weight.T.contiguous().to_sparse_bsr((side, side))
         bias, x, grad = self.layer.bias.detach(), self.x, self.grad
+        product = _first_that_runs(
+            lambda matrix, t: F.linear(t, matrix),
+            lambda matrix, t: (matrix @ t.T).T,
+            arguments=(w, x),
+        )
 
         def forward() -> Tensor:
-            return torch.addmm(bias[:, None], w, x.T).T
+            return product(w, x) + bias
 
         def grad_input() -> Tensor:
-            return (wt @ grad.T).T
+            return product(wt, grad)
 
         def grad_weight() -> Tensor:
             return _sampled(w, grad, x)
 
         calls = {"forward": lambda: forward, "dX": lambda: grad_input}
+        arm = Arm(f"torch BSR {side}", calls)
         try:
             grad_weight()
-        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, NotImplementedError):
-            pass  # this torch has no sampled product of blocks on this device: no dW and no step
+        except Exception as error:  # a torch without a sampled product of blocks: no dW and no step
+            arm.note = f"no sampled product: {first_line(error)}"
         else:
             calls |= {
                 "dW": lambda: grad_weight,
                 "step": lambda: lambda: (forward(), grad_input(), grad_weight(), grad.sum(0)),
             }
-        return compared(Arm(f"torch BSR {side}", calls), self.want, limit_of(self.dtype), lambda _, t: _strided(t))
+        return compared(arm, self.want, limit_of(self.dtype), lambda _, t: _strided(t))
 
     def semi_structured(self) -> Arm:
         """torch's 2:4 operators, forward alone: the mask must keep two of four."""
@@ -107,6 +117,18 @@ class Problem:
         return compared(
             Arm("torch 2:4", {"forward": lambda: lambda: F.linear(x, weight, bias)}), self.want, limit_of(self.dtype)
         )
+
+
+def _first_that_runs(*ways, arguments):
+    """The first of the ways that takes the arguments; the last one's error where none does."""
+    for way in ways[:-1]:
+        try:
+            way(*arguments)
+        except Exception:  # which operators take BSR differs by device, dtype and version
+            continue
+        return way
+    ways[-1](*arguments)
+    return ways[-1]
 
 
 def _sampled(w: Tensor, grad: Tensor, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def at_init(
     filters: dict[str, Tensor] = {}
     if kind == "layer":
         scores = judge(model)
-        blocks = find_blocks(model, _sample(batches, in_shape), strict)
+        blocks = find_blocks(model, _sample(model, batches, in_shape), strict)
         pooled = _pool_block_scores(score, scores, blocks.candidates, aggregate, seed)
         dropped = drop_lowest_blocks(pooled, blocks.stages, blocks.stage_sizes, remove, 2 if keep is None else keep)
         layers = {name: name not in dropped for name in blocks.candidates}
@@ -162,10 +162,10 @@ def _pool_block_scores(score, scores, candidates, aggregate: str, seed: int) -> 
     return pool_layers(scores, candidates, aggregate)
 
 
-def _sample(batches, in_shape: Sequence[int] | None) -> Tensor:
+def _sample(model: nn.Module, batches, in_shape: Sequence[int] | None) -> Tensor:
     sample = first_input(batches)
     if sample is None and in_shape is not None:
-        sample = torch.ones(1, *in_shape)
+        sample = torch.ones(1, *in_shape, device=next(model.parameters()).device)
     if sample is None:
         raise ValueError("finding the blocks needs data: pass batches=(x, y) or a list of such pairs")
     return sample
