@@ -1,5 +1,6 @@
 # make demo   .venv, pinned dependencies, compiled kernels, then the main job on the embedded default
 # make test   the same set-up if need be, then the whole test suite
+# make gpu-test, make gpu-bench   on a machine with a CUDA GPU, with the Python, torch, triton and nvcc that it has
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -19,7 +19,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-def run(stages, tmp_path, total=60.0):
+def run(stages, tmp_path, total=900.0):
     shown = []
     outcomes = run_stages(stages, tmp_path / "logs", total, shown.append)
     return {o.name: o for o in outcomes}, "\n".join(shown)
@@ -28,8 +28,8 @@ def run(stages, tmp_path, total=60.0):
 def test_a_failing_stage_stops_nothing_and_is_told(tmp_path):
     found, shown = run(
         [
-            Stage("bad", python("print('first'); raise SystemExit('why it failed')"), 20),
-            Stage("good", python("print('all is well')"), 20),
+            Stage("bad", python("print('first'); raise SystemExit('why it failed')"), 300),
+            Stage("good", python("print('all is well')"), 300),
             Stage("not there", ["/no/such/program"], 20),
             Stage("no tool", python(""), 20, missing="the tool is not on this machine"),
         ],
@@ -57,7 +57,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypa
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('stored', flush=True); time.sleep(60)"
     )
     hang = Stage("hang", python(code), 2)
-    found, _ = run([hang, Stage("next", python("print(1)"), 20)], tmp_path)
+    found, _ = run([hang, Stage("next", python("print(1)"), 300)], tmp_path)
     assert found["hang"].verdict == "cut off" and not found["hang"].fine and found["next"].fine
     time.sleep(2.5)
     assert not late.exists()

@@ -81,7 +81,7 @@ TINY = {
     "resnet56": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
     "resnet20": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
     "resnet50": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8), "classes": 10},
-    "vit": {"make": lambda: ViTStack(256, 512, 6, 10), "shape": (2, 5, 256), "classes": 10},
+    "vit": {"make": lambda: ViTStack(256, 512, 6, 128), "shape": (2, 5, 256), "classes": 128},
 }
 
 
