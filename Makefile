@@ -43,11 +43,11 @@ papers: $(SETUP)
 # on a machine with a CUDA GPU: builds in place with $(PYTHON) and the torch, triton and nvcc that it has, installs nothing,
 # ends within BUDGET seconds (570); logs and results also go to the folder OUT
 gpu-test:
-	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" $(PYTHON) -m gpu.tests
+	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$$PYTHONPATH" $(PYTHON) -m gpu.tests
 
 # into benchmarks/results/<gpu>/gpu.csv and gpu.md, stage by stage; STAGES="models joules" runs some
 gpu-bench:
-	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks" $(PYTHON) -m gpu.run $(STAGES)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$$PYTHONPATH" $(PYTHON) -m gpu.run $(STAGES)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -184,3 +184,9 @@ def test_the_checkout_leads_on_the_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     assert stages.environment({"A": "b"})["PYTHONPATH"].split(os.pathsep)[0] == str(stages.ROOT)
     assert stages.environment({"A": "b"})["A"] == "b"
+
+
+def test_without_a_gpu_nothing_is_called_tested(monkeypatch):
+    monkeypatch.setattr(gpu_tests, "gpu_name", lambda: "cpu")
+    with pytest.raises(SystemExit, match="torch sees no CUDA GPU; the tests of a CPU are make test"):
+        gpu_tests.main()

@@ -9,13 +9,12 @@ that folder too, with the stages' logs.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpu.record import folder_of_gpu, forget
-from gpu.stages import ROOT, TOTAL, Stage, copy_out, run_stages
+from gpu.stages import ROOT, TOTAL, Stage, copy_out, gpu_name, run_stages
 
 # name, module and its words, seconds
 PLAN = (
@@ -39,13 +38,6 @@ def works(module: str, words: Sequence[str]) -> str:
     return f"model {words[0]}" if module == "gpu.models" else module.removeprefix("gpu.")
 
 
-def gpu_name() -> str:
-    """By a process of its own: this one holds no memory of the GPU, and an extension that is not built is no matter."""
-    code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    return found.stdout.strip() or "unknown"
-
-
 def plan(names: Sequence[str], folder: Path, options: Sequence[str] = ()) -> list[Stage]:
     """The stages asked for by words of their names, all of them by default; SystemExit for a word of none."""
     for name in names:
@@ -62,7 +54,7 @@ def plan(names: Sequence[str], folder: Path, options: Sequence[str] = ()) -> lis
 def main(argv: Sequence[str] | None = None) -> None:
     names = list(sys.argv[1:] if argv is None else argv)
     name = gpu_name()
-    if name == "cpu" and not os.environ.get("GPU_BENCH_ANYWAY"):
+    if name == "cpu":
         raise SystemExit("torch sees no CUDA GPU; the benchmarks of a CPU are make bench")
     folder = ROOT / "benchmarks" / "results" / folder_of_gpu(name)
     logs, out = ROOT / "build" / "gpu-bench", os.environ.get("OUT")

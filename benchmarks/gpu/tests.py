@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from gpu.stages import ROOT, TOTAL, Stage, run_stages
+from gpu.stages import ROOT, TOTAL, Stage, gpu_name, run_stages
 
 SANITIZERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 FLAWS = "86"  # the exit status of a sanitizer that found something
@@ -59,6 +59,8 @@ def stages() -> list[Stage]:
 
 
 def main() -> None:
+    if gpu_name() == "cpu":  # every test would be skipped, and nothing be wrong
+        raise SystemExit("torch sees no CUDA GPU; the tests of a CPU are make test")
     logs = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-test")
     outcomes = run_stages(stages(), logs, float(os.environ.get("BUDGET", TOTAL)))
     raise SystemExit(0 if all(o.fine for o in outcomes) else 1)
