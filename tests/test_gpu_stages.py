@@ -32,6 +32,7 @@ def test_a_failing_stage_stops_nothing_and_is_told(tmp_path):
             Stage("good", python("print('all is well')"), 300),
             Stage("not there", ["/no/such/program"], 20),
             Stage("no tool", python(""), 20, missing="the tool is not on this machine"),
+            Stage("extra", python("raise SystemExit('of no matter')"), 300, optional=True),
         ],
         tmp_path,
     )
@@ -40,9 +41,10 @@ def test_a_failing_stage_stops_nothing_and_is_told(tmp_path):
         ("ok", True),
         ("not run", False),
         ("not run", False),
+        ("failed", True),
     ]
     table = shown.rpartition("\n\n")[2].splitlines()
-    assert [line.split()[0] for line in table] == ["bad", "good", "not", "no"]
+    assert [line.split()[0] for line in table] == ["bad", "good", "not", "no", "extra"]
     assert "why it failed" in table[0] and "all is well" in table[1] and "the tool is not" in table[3]
     assert (tmp_path / "logs" / "bad.log").read_text() == "first\nwhy it failed\n"
 

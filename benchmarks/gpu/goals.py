@@ -22,7 +22,10 @@ GOALS |= {
     ("unstructured", "4096x4096, 8192 tokens, fp32", "packed", "step", sparsity): goal
     for sparsity, goal in ((0.8, 1.3), (0.9, 2.5), (0.95, 4.5))
 }
-GOALS |= {("filter_conv", "all 3x3 layers", arm, "step", 0.75): 2.8 for arm in ("compact", "full shape")}
+GOALS |= {
+    ("filter_conv", "all 3x3 layers", arm, "step", 0.75): 2.8
+    for arm in ("compact", "full shape", "compact, fused", "full shape, fused")
+}
 GOALS |= {
     ("model resnet56", "CIFAR-shaped, batch 128", "layer", "step", 12 / 27): 1.7,
     ("model resnet56", "CIFAR-shaped, batch 128", "layer", "joules a step", 12 / 27): 1 / 0.6,

@@ -67,7 +67,7 @@ MODELS = {
         (128, 3, 224, 224),
         "ImageNet-shaped, batch 128",
         1000,
-        (*RESNET[:1], Kind("layer", 6 / 16), *RESNET[1:]),
+        (*RESNET[:1], Kind("filter, raced", 0.5), Kind("layer", 6 / 16), *RESNET[1:]),
     ),
     "vit": Model(
         lambda: ViTStack(768, 3072, 12, 1000),
@@ -131,13 +131,13 @@ class Bench:
         return Arm(name, {"step": lambda: training_step(own, self.x, self.labels, run)[0]}, error)
 
     def ticket(self, kind: Kind) -> Arm:
-        """Sparsified under autocast, so that the plan's races of masked layers see the dtypes of training. Removed
-        filters and blocks are run removed, whatever a race would say: their figure is wanted."""
+        """Sparsified under autocast, so that the plan's races see the dtypes of training. Removed filters and blocks
+        are run removed, whatever the race of the whole step would say, but for an arm named "raced"."""
         model = copy.deepcopy(self.dense)
         x = self.x
         ticket = random_ticket(model, kind, x[:1])
         with torch.autocast(x.device.type, BF16):
-            model = pst.sparsify(model, ticket, x if ticket.masks else None).train()
+            model = pst.sparsify(model, ticket, x if ticket.masks or "raced" in kind.name else None).train()
         arm = self.arm(kind.arm, model, checked(model, x))
         self.sparse[kind] = model
         counts = Counter(row.format for row in pst.plan(model).layers)

@@ -21,8 +21,11 @@ TAIL = 40  # lines shown of a stage that failed
 
 @dataclass
 class Stage:
-    """A command that may take ``seconds`` at most. ``reserve`` is kept for the stages behind it. The cut-off of an
-    ``optional`` one is no failure. Where ``missing`` gives a reason the command is not run, and that is a failure."""
+    """A command that may take ``seconds`` at most, so that ``reserve`` is left for the stages behind it.
+
+    What becomes of an ``optional`` one is told and does not count. Where ``missing`` gives a reason the command is not
+    run, and that is a failure.
+    """
 
     name: str
     command: Sequence[str]
@@ -122,7 +125,8 @@ def _run(stage: Stage, left: float, log: Path, show: Callable[[str], object]) ->
     if verdict == "failed" or (cut and not stage.optional):
         show("\n".join(lines[-TAIL:]))
     last = (lines[-1] if lines else "no output")[:160]
-    return Outcome(stage.name, verdict, seconds, last, verdict == "ok" or (cut and stage.optional))
+    last += " (does not count)" if stage.optional and verdict != "ok" else ""
+    return Outcome(stage.name, verdict, seconds, last, verdict == "ok" or stage.optional)
 
 
 def _end(child: subprocess.Popen) -> int:

@@ -2,7 +2,8 @@
 
     make gpu-test
 
-Ends within BUDGET seconds (570), whatever hangs. Logs go to the folder OUT, by default build/gpu-test.
+The latter do not count: they are CI's, against the pinned versions. Ends within BUDGET seconds (570), whatever hangs.
+Logs go to the folder OUT, by default build/gpu-test.
 """
 
 from __future__ import annotations
@@ -46,14 +47,19 @@ def stages() -> list[Stage]:
         return Stage(tool, words, 110, reserve=reserve, missing=missing, env=env)
 
     spread = ["-p", "xdist", "-n", "8", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
-    threads = {"OMP_NUM_THREADS": "2"} if spread else {}
+    # as on a machine without a GPU, where the Triton kernels are interpreted
+    threads = {"CUDA_VISIBLE_DEVICES": "", **({"OMP_NUM_THREADS": "2"} if spread else {})}
     return [
         Stage("build", [sys.executable, "-m", "gpu.build_in_place"], 160),
         Stage("gpu tests", pytest_words("-m", "gpu", "tests"), 300, reserve=170, env=quiet),
         sanitizer("memcheck", 75),
         sanitizer("racecheck", 0),
         Stage(
-            "cpu tests", pytest_words(*spread, "-x", "-m", "not gpu", "tests"), 300, optional=True, env=quiet | threads
+            "cpu tests",
+            pytest_words(*spread, "--maxfail", "20", "-m", "not gpu", "tests"),
+            300,
+            optional=True,
+            env=quiet | threads,
         ),
     ]
 

@@ -33,7 +33,7 @@ def random_ticket(model: nn.Module, kind: Kind, sample: Tensor) -> pst.Ticket:
         blocks = find_blocks(model, sample)
         remove = min(len(blocks.candidates), max(1, round(kind.share * len(blocks.all))))
         return pst.at_init(model, sample, score="random", granularity="layer", remove=remove)
-    if kind.name == "filter":
+    if kind.name.startswith("filter"):
         return filter_ticket(model, kind.share, sample)
     side = kind.name.partition(" ")[2]
     granularity = f"block:{side}x{side}" if side else "weight"

@@ -15,7 +15,7 @@ from ..planner import cpu_model
 
 
 def machine() -> dict[str, str | int | None]:
-    """CPU, threads, GPU and its driver (None without one), versions, git revision (None where it is not known), date."""
+    """CPU, threads, GPU and its driver (None without one), versions, git revision (None where unknown), date."""
     gpu = gpu_facts() if torch.cuda.is_available() else {}
     return {
         "cpu": cpu_model(),
