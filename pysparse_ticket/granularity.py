@@ -1,7 +1,7 @@
 """From scores of weights to scores of pieces (pool), and from decisions on pieces to masks of weights (expand).
 
-A piece is a weight, a group of n:m, a block of bh x bw, a filter or a whole block of layers. Scores are float64 and
-say what a piece is worth: the lowest go first.
+A piece is a weight, a group of n:m (of n:mt a transposable one), a block of bh x bw, a filter or a whole block of
+layers. Scores are float64 and say what a piece is worth: the lowest go first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .transposable import LARGEST, keep_transposable
 
 Scores = Mapping[str, Tensor]
 AGGREGATES = ("sum", "mean")
@@ -47,18 +49,22 @@ def pool_units(scores: Scores, units: Sequence[Sequence[tuple[str, int]]], how: 
 
 
 def parse(granularity: str) -> tuple[str, tuple[int, int] | None]:
-    """``"weight"``, ``"filter"``, ``"layer"``, ``"2:4"`` or ``"block:16x16"`` to its kind and its two numbers."""
+    """``"weight"``, ``"filter"``, ``"layer"``, ``"2:4"``, ``"2:4t"`` or ``"block:16x16"`` to its kind (``"n:m"``,
+    ``"n:mt"`` and ``"block"`` of the last three) and its two numbers."""
     if granularity in ("weight", "filter", "layer"):
         return granularity, None
-    if match := re.fullmatch(r"(\d+):(\d+)", granularity):
-        n, m = map(int, match.groups())
+    if match := re.fullmatch(r"(\d+):(\d+)(t?)", granularity):
+        n, m = map(int, match.groups()[:2])
+        if match[3] and m > LARGEST:
+            raise ValueError(f"granularity {granularity!r}: transposable n:m takes m up to {LARGEST}")
         if 0 < n <= m:
-            return "n:m", (n, m)
+            return "n:m" + match[3], (n, m)
     if match := re.fullmatch(r"block:(\d+)x(\d+)", granularity):
         height, width = map(int, match.groups())
         if height and width:
             return "block", (height, width)
-    raise ValueError(f"unknown granularity {granularity!r}; known: weight, n:m (as 2:4), block:HxW, filter, layer")
+    known = "weight, n:m (as 2:4), n:mt (transposable), block:HxW, filter, layer"
+    raise ValueError(f"unknown granularity {granularity!r}; known: {known}")
 
 
 def pool_blocks(score: Tensor, height: int, width: int, how: str) -> Tensor:
@@ -98,3 +104,6 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     kept = torch.zeros(rows, groups, m, dtype=torch.bool, device=score.device)
     kept.scatter_(-1, order[..., :n], True)
     return kept.reshape(rows, groups * m)[:, :cols].reshape(score.shape)
+
+
+KEEP_N_OF_M = {"n:m": keep_n_of_m, "n:mt": keep_transposable}

@@ -49,7 +49,7 @@ def find(
         ),
     ] = None,
     granularity: Annotated[
-        str | None, typer.Option(help="layer, filter, weight, n:m or block:HxW [at-init: layer, imp: weight]")
+        str | None, typer.Option(help="layer, filter, weight, n:m, n:mt or block:HxW [at-init: layer, imp: weight]")
     ] = None,
     remove: Annotated[int | None, typer.Option(help="at-init: blocks or filters")] = None,
     sparsity: Annotated[

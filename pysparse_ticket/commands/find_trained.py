@@ -22,7 +22,7 @@ def find_trained(
         str, typer.Option(help="hrank, expectabs, kl, pls-vip, cka, cka-intra, filter-l1, random, or one of weights")
     ] = "hrank",
     granularity: Annotated[
-        str, typer.Option(help="layer; filter, weight, n:m or block:HxW by scores of weights")
+        str, typer.Option(help="layer; filter, weight, n:m, n:mt or block:HxW by scores of weights")
     ] = "layer",
     remove: Annotated[int | None, typer.Option(help="blocks (1) or filters")] = None,
     sparsity: Annotated[float | None, typer.Option(help="of weights or tiles")] = None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..granularity import expand_blocks, keep_n_of_m, parse, pool_blocks, pool_layers, pool_units
+from ..granularity import KEEP_N_OF_M, expand_blocks, parse, pool_blocks, pool_layers, pool_units
 from ..scores import lookup
 from ..scores.batches import Batch, first_input
 from ..scores.gradient import Loss
@@ -49,7 +49,8 @@ def at_init(
     batches      (x, y) or a list of such pairs; the first x also finds the blocks, for which x alone will do
     score        magnitude, random, snip, grasp (theta Hg), grasp-signed (theta g), snip-scaled (SNIP of a re-drawn
                  copy, Lee et al. 2019), grasp-magnitude (|theta Hg|, Chen et al. 2021), synflow (no data)
-    granularity  "weight", "n:m" (as 2:4), "block:HxW" with ``sparsity``; "filter" or "layer" with ``remove``
+    granularity  "weight", "n:m" (as 2:4), "n:mt" (transposable), "block:HxW" with ``sparsity``; "filter" or "layer"
+                 with ``remove``
     sparsity     share of the weights to remove, in [0, 1); n:m fixes its own
     remove       how many filters or blocks to remove
     aggregate    "sum" or "mean" of a piece's weight scores
@@ -79,9 +80,9 @@ def at_init(
             raise ValueError(f"granularity {granularity!r} takes remove=, a count, and no sparsity=")
         if remove < 0:
             raise ValueError(f"remove must be 0 or more, not {remove}")
-    elif remove is not None or (sparsity is None) != (kind == "n:m"):
+    elif remove is not None or (sparsity is None) != (kind in KEEP_N_OF_M):
         raise ValueError(
-            f"granularity {granularity!r} takes {'neither' if kind == 'n:m' else 'sparsity='}, not remove="
+            f"granularity {granularity!r} takes {'neither' if kind in KEEP_N_OF_M else 'sparsity='}, not remove="
         )
 
     check_scope(scope)
@@ -119,9 +120,10 @@ def at_init(
         def cut(scores: dict[str, Tensor], step: int) -> dict[str, Tensor]:
             if kind == "weight":
                 return keep_top(scores, sparsity, scope, allow_empty, step=step, steps=steps)
-            if kind == "n:m":
+            if kind in KEEP_N_OF_M:
                 n, m = numbers
-                return {name: keep_n_of_m(s, round(m * (n / m) ** (step / steps)), m) for name, s in scores.items()}
+                kept = round(m * (n / m) ** (step / steps))
+                return {name: KEEP_N_OF_M[kind](s, kept, m) for name, s in scores.items()}
             shapes = {name: s.shape for name, s in scores.items()}
             tiles = {name: pool_blocks(s, *numbers, aggregate) for name, s in scores.items()}
             tiles = keep_top(tiles, sparsity, scope, allow_empty, shapes=shapes, step=step, steps=steps)
@@ -179,7 +181,7 @@ def _steps(steps: int | None, score: str, kind: str, numbers: tuple[int, int] | 
         raise ValueError(f"steps must be a whole number of at least 1, not {steps}")
     if one_shot and steps > 1:
         raise ValueError(f"granularity {kind!r} at initialisation goes in one shot; leave steps out or pass steps=1")
-    return min(steps, max(1, numbers[1] - numbers[0])) if kind == "n:m" else steps
+    return min(steps, max(1, numbers[1] - numbers[0])) if kind in KEEP_N_OF_M else steps
 
 
 def _cut_in_steps(

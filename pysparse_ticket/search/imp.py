@@ -63,7 +63,7 @@ def imp(
 
     optimizer    its parameters, momentum and settings are exchanged and rewound too; without it make one in each level
     importance   magnitude, l1, l2, softmax, minmax or lamp, over the unpruned weights of each layer
-    granularity  "weight", "n:m", "block:HxW", "filter" or "layer" (which needs ``sample``)
+    granularity  "weight", "n:m", "n:mt" (transposable), "block:HxW", "filter" or "layer" (which needs ``sample``)
     rounds       10; rate: the share of what is left that a round removes, 0.2, or one a round. A round keeps
                  round((1 - rate) kept) of all weights (blocks of weights, filters, removable blocks), halves to the
                  even neighbour; where filters that go together cannot make that number, the nearest that they can, of

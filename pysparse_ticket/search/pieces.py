@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..granularity import aggregate, expand_blocks, keep_n_of_m, parse, pool_blocks, pool_layers
+from ..granularity import KEEP_N_OF_M, aggregate, expand_blocks, parse, pool_blocks, pool_layers
 from ..scores import prunable
 from ..select import check_scores, drop_lowest_blocks, highest, highest_of
 from ..structure import find_blocks
@@ -136,7 +136,7 @@ class Pieces:
 
     def _plan(self, schedule: Schedule | None, rounds: int | None) -> tuple[int, dict[str, list[int]]]:
         """Kept pieces at each level, by what they compete in: one tensor, or everything ("")."""
-        if self.kind == "n:m":
+        if self.kind in KEEP_N_OF_M:
             n, m = self.numbers
             rounds = m - n if rounds is None else rounds
             if not 1 <= rounds <= m - n:
@@ -190,8 +190,9 @@ class Pieces:
             return replace(ticket, layers={name: name not in dropped for name in self.names})
         if self.kind == "filter":
             return replace(ticket, filters=self.filters.prune(ticket.filters, pooled, kept))
-        if self.kind == "n:m":
-            return replace(ticket, masks={n: keep_n_of_m(s, kept, self.numbers[1]) for n, s in pooled.items()})
+        if self.kind in KEEP_N_OF_M:
+            keep = KEEP_N_OF_M[self.kind]
+            return replace(ticket, masks={n: keep(s, kept, self.numbers[1]) for n, s in pooled.items()})
         if self.scope == "layer":
             tiles = {n: highest(s, self.counts[n][level]) for n, s in pooled.items()}
         else:
