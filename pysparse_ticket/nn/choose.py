@@ -18,7 +18,7 @@ from .masked_linear import MaskedLinear
 from .swaps import Swaps
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-FORMATS = (*MaskedConv2d.FORMATS, "tiled")
+FORMATS = (*dict.fromkeys((*MaskedConv2d.FORMATS, *MaskedLinear.FORMATS)), "tiled")
 Formatted = MaskedModule | FilterSparseConv2d
 
 
@@ -32,8 +32,9 @@ def choose_layer(
     masked = MASKED[type(module)].from_dense(module, mask)
     row = LayerPlan(name, type(module).__name__.lower(), site.shape if site else (), masked.sparsity, masked.format)
     if fmt not in ("auto", "tiled") and (insist or not masked.why_dense):
-        masked.set_format(fmt if insist or fmt in masked.FORMATS else "packed")
-        row.format, row.why = masked.format, "asked for"
+        reason = None if insist or fmt not in masked.FORMATS or fmt == "dense" else masked.why_not(fmt)
+        masked.set_format(fmt if insist or (fmt in masked.FORMATS and not reason) else "packed")
+        row.format, row.why = masked.format, f"no {fmt}: {reason}" if reason else "asked for"
         return masked, row
     if masked.why_dense or site is None:
         row.why = masked.why_dense or "no sample to time it with"
@@ -48,7 +49,9 @@ def choose_layer(
         other = type(masked).from_dense(module, other)
         arms = {"plain": module, "dense": _in_format(masked, "dense")}
         for one in packed:
-            arms |= {one: _in_format(masked, one), f"other {one}": _in_format(other, one)}
+            arms[one] = _in_format(masked, one)
+            if not other.why_not(one):
+                arms[f"other {one}"] = _in_format(other, one)
         return race(arms, site, module.weight.device)
 
     times = cache.get_or_race(cache.key("layer", module, site, round(masked.sparsity, 2), packed), measure)
@@ -56,10 +59,12 @@ def choose_layer(
     row.dense_us = times["plain"]
     row.format = best if times[best] <= times["plain"] else "dense"
     row.chosen_us = times[row.format]
-    row.break_even = _break_even(
-        times["plain"], times[best], times[f"other {best}"], 1 - masked.sparsity, other_density
-    )
+    if f"other {best}" in times:
+        row.break_even = _break_even(
+            times["plain"], times[best], times[f"other {best}"], 1 - masked.sparsity, other_density
+        )
     row.why = "fastest here" if row.format == best else f"{best} takes {times[best] / times['plain']:.2f} of it"
+    row.why += "".join(f"; no {one}: {reason}" for one, reason in masked.left_out.items())
     masked.set_format(row.format)
     return masked, row
 

@@ -42,9 +42,9 @@ def sparsify(
                (``nn/chain.py``), and the fastest kept. Without it every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
-               "tiles" or "pixels" for the layout of the convolutions; or {layer name: format}, as for a rerun that
-               must take the same kernels to end with the same bits. Layers that lose filters are "compact", "fused",
-               "tiled" or, all of them, "dense"
+               "tiles" or "pixels" for the layout of the convolutions, "2:4" for linear layers that can; or
+               {layer name: format}, as for a rerun that must take the same kernels to end with the same bits. Layers
+               that lose filters are "compact", "fused", "tiled" or, all of them, "dense"
     round_to   filters are filled up with zeros to a multiple of this, where one step on the sample shows that they stay
                zero; None: 8 on a GPU, whose matrix units take channels by eights, else 1
 

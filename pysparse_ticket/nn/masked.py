@@ -37,7 +37,8 @@ class MaskedModule(nn.Module):
     A class may have further formats (``FORMATS``), which are packed too and differ in the kernel.
 
     ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
-    keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can.
+    keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can; ``left_out`` why
+    a format that its mask fits stayed out of the race.
     """
 
     FORMATS = FORMATS
@@ -47,6 +48,7 @@ class MaskedModule(nn.Module):
         _check_mask(mask, module.weight.shape, type(module).__name__)
         weight = module.weight
         self.why_dense: str | None = None
+        self.left_out: dict[str, str] = {}
         self.format = "dense"
         self._shape = tuple(mask.shape)
         mask = mask.to(weight.device)
@@ -143,6 +145,10 @@ class MaskedModule(nn.Module):
         """Packed formats that may be faster than "packed" for an input of that shape."""
         return ()
 
+    def why_not(self, format: str) -> str | None:
+        """Why the layer cannot take a packed format of its class; None when it can."""
+        return self.why_dense
+
     @torch.no_grad()
     def set_format(self, format: str) -> None:
         """Change how the layer runs. To or from "dense" the weight's Parameter is a new one; its gradient comes along.
@@ -153,6 +159,8 @@ class MaskedModule(nn.Module):
             raise ValueError(f"unknown format {format!r}; known: {', '.join(self.FORMATS)}")
         if format != "dense" and self.why_dense:
             raise ValueError(f"this layer cannot be packed: {self.why_dense}")
+        if format != "dense" and (reason := self.why_not(format)):
+            raise ValueError(f"this layer cannot take format {format!r}: {reason}")
         if (format == "dense") != self.packed:
             self.format = format
             return

@@ -8,14 +8,22 @@ from torch import Tensor, nn
 from ..ops.library import CPU_ERROR
 from ..ops.masked_linear import linear_schedule, masked_linear
 from ..ops.pattern import Pattern
+from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_not, why_wrong
+from ..transposable import is_transposable
 from .masked import MaskedModule
 
 
 class MaskedLinear(MaskedModule):
-    """Equal to ``F.linear(x, weight * mask, bias)``; x ``[..., in_features]`` to ``[..., out_features]``."""
+    """Equal to ``F.linear(x, weight * mask, bias)``; x ``[..., in_features]`` to ``[..., out_features]``.
+
+    format "2:4"  as "packed", run by torch's semi-structured operators: a transposable 2:4 mask, float16 or bfloat16
+    """
+
+    FORMATS = ("packed", "2:4", "dense")
 
     def __init__(self, module: nn.Linear, mask: Tensor) -> None:
         super().__init__(module, mask)
+        self._compressed = CompressedWeight()
         self.in_features, self.out_features = module.in_features, module.out_features
         forward, backward = (None, None) if CPU_ERROR else linear_schedule(self.pattern)
         self.register_buffer("schedule", forward, persistent=False)
@@ -40,8 +48,31 @@ class MaskedLinear(MaskedModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.format == "dense":
             return F.linear(x, self.masked_weight(), self.bias)
+        if self.format == "2:4":
+            return semi_structured_linear(x, self.values, self.bias, self.pattern, self._compressed)
         schedules = None if self.schedule is None else (self.schedule, self.t_schedule)
         return masked_linear(x, self.values, self.bias, self.pattern, schedules=schedules)
+
+    def why_not(self, format: str) -> str | None:
+        if format == "2:4" and (reason := why_not(self.pattern, self.weight_parameter)):
+            return reason
+        return super().why_not(format)
+
+    def set_mask(self, mask: Tensor, carried: Tensor | None = None) -> tuple:
+        if self.format == "2:4" and not is_transposable(mask):
+            raise ValueError("a layer of format '2:4' takes only transposable 2:4 masks; set_format('packed') first")
+        return super().set_mask(mask, carried)
+
+    def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """ "2:4" where it can run and its output and gradients for such an input are those of the masked layer."""
+        self.left_out.pop("2:4", None)
+        if not is_transposable(self.mask):
+            return ()
+        values = self.packed_values()
+        if reason := self.why_not("2:4") or why_wrong(values, self.bias, self.pattern, shape):
+            self.left_out["2:4"] = reason
+            return ()
+        return ("2:4",)
 
     def _set_pattern(self, pattern: Pattern) -> None:
         super()._set_pattern(pattern)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..granularity import parse
+from ..granularity import KEEP_N_OF_M, parse
 from ..scores import IMPORTANCES
 from ..scores.magnitude import PRUNABLE
 from .pieces import Pieces, Schedule
@@ -106,7 +106,7 @@ def imp(
         raise ValueError("the model is sparse already; a search starts from the dense one: pst.densify it first")
     if type(model) in PRUNABLE:
         raise ValueError(f"a lone {type(model).__name__} cannot be exchanged in place; put it in an nn.Sequential")
-    n_of_m = parse(granularity)[0] == "n:m"
+    n_of_m = parse(granularity)[0] in KEEP_N_OF_M
     if n_of_m and not (rate is None and sparsities is None):
         raise ValueError(f"granularity {granularity!r} fixes its own schedule: leave rate= and sparsities= out")
     x = sample[0] if isinstance(sample, tuple | list) else sample
