@@ -176,6 +176,8 @@ def test_errors(operators):
     masked = layer()
     with pytest.raises(ValueError, match=r"x of torch.float32 does not match the weights' torch.bfloat16"):
         masked(torch.randn(8, 128))
+    with pytest.raises(ValueError, match=r"x of shape \(8, 64\) does not end in the pattern's 128 input features"):
+        masked(torch.randn(8, 64).bfloat16())
     with pytest.raises(ValueError, match=r"a layer of format '2:4' takes only transposable 2:4 masks"):
         masked.set_mask(torch.ones(64, 128, dtype=torch.bool))
     other = MaskedLinear.from_dense(nn.Linear(128, 64, dtype=torch.bfloat16), torch.rand(64, 128) < 0.5)

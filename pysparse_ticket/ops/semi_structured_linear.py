@@ -30,38 +30,43 @@ class CompressedWeight:
     """
 
     def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._key: tuple | None = None
-        self._weight: Compressed | None = None
-        self._mask_key: tuple | None = None
+        self._made: tuple | None = None  # each is exchanged whole: replicas on other devices run in other threads
+        self._prepared: tuple | None = None
 
     def __reduce__(self) -> tuple:
         return CompressedWeight, ()
 
-    def get(self, values: Tensor, pattern: Pattern, dtype: torch.dtype) -> Compressed:
-        """values ``[nnz]`` under ``pattern``, compressed in ``dtype``. RuntimeError where that cannot be done."""
-        self._prepare(values, pattern, dtype)
-        key = None
-        if not (values.is_inference() or (values.is_cuda and torch.cuda.is_current_stream_capturing())):
-            key = (values.data_ptr(), values._version, self._mask_key)
-        if key is None or key != self._key or self._of() is not values:
-            with torch.no_grad():
-                dense = torch.zeros(pattern.shape, dtype=dtype, device=values.device)
-                dense.view(-1)[self.index] = values.to(dtype)
-                self._weight = self._maker.compress(dense)
-            self._key, self._of = key, weakref.ref(values)
-        return self._weight
+    def get(self, values: Tensor, pattern: Pattern, dtype: torch.dtype) -> tuple[Compressed, Tensor]:
+        """values ``[nnz]`` under ``pattern``, compressed in ``dtype``, and where in the dense weight each of them lies.
+        RuntimeError where that cannot be done."""
+        mask_key, index, maker, _ = self._prepare(pattern, dtype)
+        if values.is_inference() or (values.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._compress(values, pattern, index, maker, dtype), index
+        key = (values.data_ptr(), values._version, mask_key)
+        made = self._made
+        if made is None or made[0] != key or made[1]() is not values:
+            made = self._made = key, weakref.ref(values), self._compress(values, pattern, index, maker, dtype)
+        return made[2], index
 
-    def _prepare(self, values: Tensor, pattern: Pattern, dtype: torch.dtype) -> None:
+    @staticmethod
+    @torch.no_grad()
+    def _compress(values: Tensor, pattern: Pattern, index: Tensor, maker, dtype: torch.dtype) -> Compressed:
+        dense = torch.zeros(pattern.shape, dtype=dtype, device=values.device)
+        dense.view(-1)[index] = values.to(dtype)
+        return maker.compress(dense)
+
+    def _prepare(self, pattern: Pattern, dtype: torch.dtype) -> tuple:
         """What depends on the mask alone. The pattern's own tensors tell masks apart: a new mask brings new ones."""
-        key = (pattern.col.data_ptr(), pattern.col._version, dtype, values.device)
-        if key == self._mask_key:
-            return
-        if reason := semi_structured.why_not(pattern.shape, dtype, values.device):
-            raise RuntimeError(f"format '2:4' cannot run here: {reason}; set_format('packed') can")
-        self.index = pattern.flat_index()
-        self._maker = semi_structured.backend(values.device)(pattern.mask(), dtype)
-        self._mask_key, self._col = key, pattern.col  # held, so that no other mask gets its address
+        device = pattern.col.device
+        key = (pattern.col.data_ptr(), dtype, device)
+        prepared = self._prepared
+        if prepared is None or prepared[0] != key:
+            if reason := semi_structured.why_not(pattern.shape, dtype, device):
+                raise RuntimeError(f"format '2:4' cannot run here: {reason}; set_format('packed') can")
+            maker = semi_structured.backend(device)(pattern.mask(), dtype)
+            # col is held, so that no other mask gets its address
+            prepared = self._prepared = key, pattern.flat_index(), maker, pattern.col
+        return prepared
 
 
 class _Linear(torch.autograd.Function):
@@ -97,17 +102,19 @@ def semi_structured_linear(
     x ``[..., in]``, values ``[nnz]`` under a 2:4 pattern of shape ``[out, in]`` that is 2:4 transposed too, bias
     ``[out]`` or None; returns ``[..., out]``. ``held`` keeps the compressed weight from call to call. The gradient of
     values is a dense product, of which the surviving weights' entries are taken. No second derivative, and nothing
-    waits for the device. RuntimeError where torch's operators cannot run, ValueError for an x of another dtype.
+    waits for the device. RuntimeError where torch's operators cannot run, ValueError for an x of another dtype or width.
     """
+    if not x.dim() or x.shape[-1] != pattern.shape[1]:
+        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {pattern.shape[1]} input features")
     dtype = compute_dtype(values)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         x = x.to(dtype)
     if x.dtype != dtype:
         raise ValueError(f"x of {x.dtype} does not match the weights' {dtype}; cast one of them or use torch.autocast")
-    weight = held.get(values, pattern, dtype)
+    weight, index = held.get(values, pattern, dtype)
     tokens = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y = _Linear.apply(tokens, values, bias, weight, held.index)
+        y = _Linear.apply(tokens, values, bias, weight, index)
     return y.view(*x.shape[:-1], pattern.shape[0])
 
 
