@@ -62,12 +62,3 @@ def keep_transposable(score: Tensor, n: int = 2, m: int = 4) -> Tensor:
         best[start : start + CHUNK] = total.masked_fill_(kept < kept.amax(1, keepdim=True), -torch.inf).argmax(1)
     mask = patterns[best].reshape(high, wide, m, m).transpose(1, 2).reshape(high * m, wide * m)
     return mask[:rows, :cols].reshape(score.shape)
-
-
-def is_transposable(mask: Tensor, n: int = 2, m: int = 4) -> bool:
-    """Whether at most n of every m consecutive weights along the rows and along the columns of a bool matrix stay."""
-    rows, cols = mask.shape
-    padded = mask.new_zeros(-(-rows // m) * m, -(-cols // m) * m)
-    padded[:rows, :cols] = mask
-    along = padded.view(padded.shape[0], -1, m).sum(2), padded.view(-1, m, padded.shape[1]).sum(1)
-    return all(int(counts.amax()) <= n if counts.numel() else True for counts in along)

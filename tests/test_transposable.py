@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import pysparse_ticket as pst
-from pysparse_ticket.transposable import _patterns, is_transposable, keep_transposable
+from pysparse_ticket.ops.semi_structured import is_transposable
+from pysparse_ticket.transposable import _patterns, keep_transposable
 
 
 def scores(*shape, seed=0):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..ops.library import CPU_ERROR
 from ..ops.masked_linear import linear_schedule, masked_linear
 from ..ops.pattern import Pattern
+from ..ops.semi_structured import is_transposable
 from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_not, why_wrong
-from ..transposable import is_transposable
 from .masked import MaskedModule
 
 

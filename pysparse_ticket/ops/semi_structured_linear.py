@@ -7,10 +7,9 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..transposable import is_transposable
 from . import semi_structured
 from .pattern import Pattern
-from .semi_structured import Compressed
+from .semi_structured import Compressed, is_transposable
 
 CHECKED = ("output", "input gradient", "weight gradient")
 
@@ -102,7 +101,7 @@ def semi_structured_linear(
     x ``[..., in]``, values ``[nnz]`` under a 2:4 pattern of shape ``[out, in]`` that is 2:4 transposed too, bias
     ``[out]`` or None; returns ``[..., out]``. ``held`` keeps the compressed weight from call to call. The gradient of
     values is a dense product, of which the surviving weights' entries are taken. No second derivative, and nothing
-    waits for the device. RuntimeError where torch's operators cannot run, ValueError for an x of another dtype or width.
+    waits for the device. RuntimeError where torch's operators cannot run, ValueError for an x that does not fit.
     """
     if not x.dim() or x.shape[-1] != pattern.shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {pattern.shape[1]} input features")
