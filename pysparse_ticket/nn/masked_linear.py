@@ -9,7 +9,7 @@ from ..ops.library import CPU_ERROR
 from ..ops.masked_linear import linear_schedule, masked_linear
 from ..ops.pattern import Pattern
 from ..ops.semi_structured import is_transposable
-from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_not, why_wrong
+from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_unfit, why_wrong
 from .masked import MaskedModule
 
 
@@ -54,7 +54,7 @@ class MaskedLinear(MaskedModule):
         return masked_linear(x, self.values, self.bias, self.pattern, schedules=schedules)
 
     def why_not(self, format: str) -> str | None:
-        if format == "2:4" and (reason := why_not(self.pattern, self.weight_parameter)):
+        if format == "2:4" and (reason := why_unfit(self.pattern, self.weight_parameter)):
             return reason
         return super().why_not(format)
 

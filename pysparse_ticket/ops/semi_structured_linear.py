@@ -118,7 +118,7 @@ def semi_structured_linear(
 
 
 @torch.no_grad()
-def why_not(pattern: Pattern, values: Tensor) -> str | None:
+def why_unfit(pattern: Pattern, values: Tensor) -> str | None:
     """Why a layer of these weights cannot run as 2:4: its mask, dtype, shape or device; None when it can."""
     if len(pattern.shape) != 2 or not is_transposable(pattern.mask()):
         return "the mask is not 2:4 in its rows and in its columns (granularity '2:4t' makes such)"
@@ -141,29 +141,30 @@ def why_wrong(values: Tensor, bias: Tensor | None, pattern: Pattern, shape: tupl
     def draw(width: int) -> Tensor:
         return torch.randn(count, width, generator=generator, device=device).to(dtype)
 
-    x, grad = draw(pattern.shape[1]), draw(pattern.shape[0])
-    ours = values.detach().to(dtype).requires_grad_()
-    own_bias = None if bias is None else bias.detach().to(dtype)
-    with torch.autocast(device.type, enabled=False), torch.enable_grad():
+    with torch.autocast(device.type, enabled=False):
+        x, grad = draw(pattern.shape[1]), draw(pattern.shape[0])
+        held = values.detach().to(dtype)
+        added = None if bias is None else bias.detach().to(dtype)
         try:
-            y = semi_structured_linear(x.requires_grad_(), ours, own_bias, pattern, CompressedWeight())
-            dx, dvalues = torch.autograd.grad(y, (x, ours), grad)
+            with torch.enable_grad():
+                inputs = x.clone().requires_grad_(), held.clone().requires_grad_()
+                y = semi_structured_linear(*inputs, added, pattern, CompressedWeight())
+                found = y.detach(), *torch.autograd.grad(y, inputs, grad)
         except RuntimeError as error:
             return f"torch's 2:4 operators refuse it: {str(error).splitlines()[0]}"
-    x, grad, weight = x.detach().float(), grad.float(), pattern.scatter(ours.detach().float())
-    own_bias = torch.zeros(pattern.shape[0], device=device) if own_bias is None else own_bias.float()
 
-    def products(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return x @ weight.t(), grad @ weight, pattern.gather(grad.t() @ x)
+        def products(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x @ weight.t(), grad @ weight, pattern.gather(grad.t() @ x)
 
-    expected = products(x, grad, weight)
-    expected = (expected[0] + own_bias, *expected[1:])
-    squares = products(x.square(), grad.square(), weight.square())
-    terms = (pattern.shape[1], pattern.shape[0], count)
+        factors = x.float(), grad.float(), pattern.scatter(held.float())
+        expected, squares = products(*factors), products(*(factor.square() for factor in factors))
+        if added is not None:
+            expected[0].add_(added)
     unit = torch.finfo(dtype).eps
-    for what, ours, right, square, n in zip(CHECKED, (y.detach(), dx, dvalues), expected, squares, terms, strict=True):
+    terms = (pattern.shape[1], pattern.shape[0], count)
+    for what, actual, right, square, n in zip(CHECKED, found, expected, squares, terms, strict=True):
         allowed = unit * right.abs() + n * 2.0**-22 * square.sqrt() + unit * torch.finfo(dtype).smallest_normal
-        wrong = ~((ours.float() - right).abs() <= allowed)  # NaN is wrong too
+        wrong = ~((actual.float() - right).abs() <= allowed)  # NaN is wrong too
         if wrong.any():
             return f"its {what} differs from the masked dense one in {int(wrong.sum())} of {wrong.numel()} entries"
     return None
