@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -40,11 +41,13 @@ def layer(dtype=torch.bfloat16, out=64, width=128, bias=True, device="cpu", form
 
 
 def close(actual, expected, terms):
-    """Within the rounding of the results: of the last place, and of the sums in float32 of so many terms."""
+    """Within the rounding of the results: of the last place, and of the sums in float32 of so many terms. A GPU's own
+    dense product may add parts of its sums in 16 bits."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     unit = torch.finfo(actual.dtype).eps
-    scale = expected.float().abs().amax()
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * unit, atol=float(scale) * terms * 2.0**-22)
+    share = terms * 2.0**-22 + (unit if actual.is_cuda else 0)
+    scale = float(expected.abs().amax()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=2 * unit, atol=scale * share)
 
 
 def compare(masked, x):
@@ -347,7 +350,9 @@ def test_a_step_on_a_gpu_waits_for_nothing():
         optimizer.zero_grad()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
