@@ -159,6 +159,7 @@ def test_n_of_m_keeps_n_in_every_group():
 def test_granularities_parse_or_are_refused():
     assert (
         parse("2:4") == ("n:m", (2, 4))
+        and parse("2:4t") == ("n:mt", (2, 4))
         and parse("block:16x8") == ("block", (16, 8))
         and parse("layer") == ("layer", None)
     )
