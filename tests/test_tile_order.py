@@ -97,7 +97,7 @@ def test_uneven_rows_and_columns_empty_tiles(side, sparsity):
     assert order.filled_after <= min(order.tried.values()) and order.empty_after > order.empty_before
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.95])
 def test_uniform_random_masks_keep_the_identity(sparsity):
     mask = torch.rand(256, 192, generator=generator()) >= sparsity
     order = tile_order(mask, (32, 32))

@@ -108,7 +108,8 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 def is_transposable(mask: Tensor, n: int = 2, m: int = 4) -> bool:
     """Whether a bool matrix keeps at most n of every m consecutive weights along its rows and along its columns."""
     rows, cols = mask.shape
-    padded = mask.new_zeros(-(-rows // m) * m, -(-cols // m) * m)
+    high, wide = -(-rows // m), -(-cols // m)
+    padded = mask.new_zeros(high * m, wide * m)
     padded[:rows, :cols] = mask
-    along = padded.view(padded.shape[0], -1, m).sum(2), padded.view(-1, m, padded.shape[1]).sum(1)
+    along = padded.view(high * m, wide, m).sum(2), padded.view(high, m, wide * m).sum(1)
     return all(int(counts.amax()) <= n if counts.numel() else True for counts in along)
