@@ -132,7 +132,7 @@ def test_formats_change_back_and_forth_with_their_gradients(layer, device):
     masked, dense, mask, x = make(layer, device=device)
     masked(x).square().sum().backward()
     grad = masked.dense_like(masked.values.grad)
-    packed = [fmt for fmt in masked.FORMATS if fmt != "dense"]
+    packed = [fmt for fmt in masked.FORMATS if fmt != "dense" and not masked.why_not(fmt)]
     for fmt in ("dense", *packed, "packed", "dense"):
         masked.set_format(fmt)
         assert torch.equal(masked.weight, dense.weight) and torch.equal(masked.mask, mask)
