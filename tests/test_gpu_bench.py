@@ -128,7 +128,8 @@ def pretended(monkeypatch):
             state.now += 1
 
     @contextlib.contextmanager
-    def capture(graph, stream):
+    def capture(graph, pool, stream):
+        assert pool == "pool"
         state.captured.append(graph)
         yield
         if state.refuse:
@@ -160,6 +161,7 @@ def pretended(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing, "_streams", {})
+    monkeypatch.setattr(timing, "_pool", lambda: "pool")
     monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **(k | {"device": "cpu"} if "device" in k else k)))
@@ -341,8 +343,9 @@ def test_models(name, toy, monkeypatch):
     def fake(steps, counter, device, **_):
         for step in steps.values():
             step()
-        ours = next(n for n in steps if n != "dense")
-        energies.update({"dense": StepEnergy(2.0, 1.0, 0.1, 2.1, 9, 3), ours: StepEnergy(1.0, 0.6, 0.1, 1.1, 9, 3)})
+        dense, ours = steps
+        assert dense.startswith("dense") and not ours.startswith("dense")
+        energies.update({dense: StepEnergy(2.0, 1.0, 0.1, 2.1, 9, 3), ours: StepEnergy(1.0, 0.6, 0.1, 1.1, 9, 3)})
         return Energies(energies, 0.1, 70.0)
 
     monkeypatch.setattr(models, "step_energy", fake)
@@ -351,10 +354,10 @@ def test_models(name, toy, monkeypatch):
     done = measured(found)
     assert {(main.arm, w) for w in ("step", "step, eager", "peak memory", "joules a step", "net joules a step")} <= done
     assert (f"{main.arm}, compiled", "step") in done
-    failed = [row.note for row in found.rows if row.ours is None and row.arm != "weight"]
-    assert not failed
+    assert not [row.note for row in found.rows if row.ours is None and row.arm != "weight"]
+    assert sum(row.what == "joules a step" for row in found.rows) == 2  # eager, and with what compiling made
     row = next(row for row in found.rows if row.what == "joules a step")
-    assert row.ratio == 2.0 and "a fake counter, period 0.1 s, idle 70 W, 3 windows" in row.note
+    assert row.ratio == 2.0 and "a fake counter, period 0.1 s, idle 70 W, 3 windows of 9 steps" in row.note
 
 
 def test_models_without_a_counter_say_so(recorder, monkeypatch):
@@ -364,8 +367,7 @@ def test_models_without_a_counter_say_so(recorder, monkeypatch):
     monkeypatch.setattr(models, "open_counter", none)
     bench = models.Bench.__new__(models.Bench)
     bench.recorder, bench.options, bench.model = recorder, recorder.options, models.MODELS["vit"]
-    bench.best = {"dense": None, "layer": None}
-    bench.energy(Kind("layer", 0.5))
+    bench.energy(Kind("layer", 0.5), None, None)
     assert recorder.rows[0].ours is None and recorder.rows[0].note == "torch sees no GPU"
 
 

@@ -82,6 +82,15 @@ def test_what_has_no_time_left_is_not_started(tmp_path):
     assert [(o.verdict, o.fine) for o in found.values()] == [("not run", False), ("not run", True)]
 
 
+def test_only_what_is_begun_is_announced(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "_run", lambda stage, *_: stages.Outcome(stage.name, "ok", 0.0, "", True))
+    begun, ended = [], []
+    found = [Stage("a", [], 9), Stage("b", [], 1), Stage("c", [], 9, missing="no tool"), Stage("d", [], 9, reserve=50)]
+    call = {"before": lambda stage: begun.append(stage.name), "after": lambda outcome: ended.append(outcome.name)}
+    run_stages(found, tmp_path / "logs", 52.0, lambda _: None, **call)
+    assert begun == ["a"] and ended == ["a", "b", "c", "d"]
+
+
 def test_results_are_copied(tmp_path):
     (tmp_path / "a" / "gpu").mkdir(parents=True)
     (tmp_path / "a" / "gpu" / "gpu.csv").write_text("rows")

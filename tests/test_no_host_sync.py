@@ -147,7 +147,7 @@ CAPTURED = {
     ),
 }
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, 1e-3, capturable=True),
 }
 
@@ -162,6 +162,7 @@ def test_a_captured_step_trains_as_the_eager_one(case):
     ticket = pst.at_init(model, (x, y), **options)
     model = pst.sparsify(model, ticket, plan=plan).train()
     eager = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
 
     optimizer = OPTIMIZERS[optimize](model.parameters())
     side = torch.cuda.Stream()
@@ -180,9 +181,11 @@ def test_a_captured_step_trains_as_the_eager_one(case):
     other = OPTIMIZERS[optimize](eager.parameters())
     for _ in range(8):  # three before the capture, which itself runs nothing
         masked_step(eager, other, x, y)
-    for (name, a), b in zip(model.state_dict().items(), eager.state_dict().values(), strict=True):
-        # sums by atomics come in any order, and eight steps grow the difference
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+    after, expected = model.state_dict(), eager.state_dict()
+    for name, before in start.items():
+        moved, wanted = (state[name].double() - before.double() for state in (after, expected))
+        # atomics add in any order, and eight steps grow the difference; a step left out or doubled is an eighth
+        assert (moved - wanted).norm() <= 0.05 * wanted.norm() + 1e-5 * (before.double().norm() + 1), name
 
 
 def wide_mlp():

@@ -76,7 +76,7 @@ def run_stages(
 ) -> list[Outcome]:
     """Runs them in their order and shows a table of their outcomes last; each one's output is in ``logs``.
 
-    ``before`` is called with each stage, ``after`` with its outcome: whatever ends the whole, what is done by then is.
+    ``before`` is called with each stage that is begun, ``after`` with each outcome.
     """
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + total
@@ -84,7 +84,8 @@ def run_stages(
     for stage in stages:
         left = min(stage.seconds, end - time.monotonic() - stage.reserve)
         show(f"== {stage.name} (at most {max(left, 0):.0f} s)")
-        before(stage)
+        if not stage.missing and left >= SHORTEST:
+            before(stage)
         outcome = _run(stage, left, logs / f"{stage.name.replace(' ', '-')}.log", show)
         outcomes.append(outcome)
         after(outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +48,8 @@ def prepare(factory: Factory, device: torch.device, graph: bool = True) -> Prepa
         return Prepared(call, "eager")
     captured = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(captured, stream=side):
+        # one pool for all: what a step holds in between, gigabytes of it, no other replay needs
+        with torch.cuda.graph(captured, pool=_pool(), stream=side):
             call()
         captured.replay()
         torch.cuda.synchronize(device)
@@ -70,6 +72,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
+
+
+@functools.cache
+def _pool() -> tuple[int, int]:
+    return torch.cuda.graph_pool_handle()
 
 
 class ReplayTimer:
