@@ -22,6 +22,7 @@ from pysparse_ticket.measure import macs
 from pysparse_ticket.measure.energy import NotMeasured, PolledPower
 from pysparse_ticket.models import build
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|BSR) tensor support is in beta")
 CPU = torch.device("cpu")
 ROW = Row(
     "block_matmul", "4096x4096, 8192 tokens", "block 64", 0.9, "step", "ms", 2.0, 8.0, "cuBLAS", 0.04, 1e-3, "graph"
