@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 RECIPES := $(filter-out %_setup.py,$(wildcard benchmarks/papers/*_*.py))
 
-.PHONY: setup demo test bench bench-ops gpu-test gpu-bench papers lint format wheel-test clean
+.PHONY: setup demo test bench bench-ops evidence gpu-test gpu-bench papers lint format wheel-test clean
 
 setup: $(SETUP)
 
@@ -35,6 +35,10 @@ bench: $(SETUP)
 # each op's times, kept under .benchmarks/; OPS="--benchmark-compare" compares them with the run kept last
 bench-ops: $(SETUP)
 	$(BIN)/python -m pytest benchmarks/suite -o addopts=-q --benchmark-only --benchmark-autosave $(OPS)
+
+# docs/tickets.md's tables of evidence, about an hour of two cores; run again, it goes on where it stopped
+evidence: $(SETUP)
+	cd benchmarks && ../$(BIN)/python -m evidence $(EVIDENCE)
 
 # the papers' tables, each small and on embedded data in a minute or two; one in full: python benchmarks/papers/layers_table2.py --data-root DIR
 papers: $(SETUP)
