@@ -60,7 +60,9 @@ class Setup:
 
     def __str__(self) -> str:
         images = (
-            f"{self.train}/{self.test} images, difficulty {self.difficulty}" if self.data != "digits" else "1437/360"
+            f"{self.train}/{self.test} images, difficulty {self.difficulty}"
+            if self.data != "digits"
+            else "1437/360 images"
         )
         return (
             f"{self.data} {self.size}x{self.size} {images}; width {self.width}; {self.epochs} epochs, batch "

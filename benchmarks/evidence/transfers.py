@@ -15,7 +15,7 @@ from pysparse_ticket.report import markdown_table
 
 TABLE = "c"
 PAIRS = (("resnet14", "resnet20"), ("resnet20", "resnet32"))
-SCORES = ("magnitude", "snip", "grasp", "synflow", "random")
+SCORES = ("magnitude", "snip", "grasp", "grasp-magnitude", "synflow", "random")  # Chen et al. take |theta Hg|
 TRANSFERS = {  # arm: order, control
     "elastic append": ("append", None),
     "elastic interpolate": ("interpolate", None),
@@ -85,7 +85,8 @@ def render(rows: Sequence[Row]) -> str:
             named = f"IMP on the source, {source.replace('resnet', 'ResNet-')}"
             lines = {named: (source, "imp magnitude"), "IMP on the target": (target, "imp magnitude")}
             lines |= {arm: (target, arm) for arm in TRANSFERS}
-            lines |= {f"{name}, early weights": (target, "random ERK" if name == "random" else name) for name in SCORES}
+            arms = ["random ERK" if name == "random" else name for name in SCORES]
+            lines |= {f"{arm}, early weights": (target, arm) for arm in arms}
             body = []
             for name, (network, arm) in lines.items():
                 own = [row for row in group if (row.network, row.arm) == (network, arm)]
