@@ -1,15 +1,17 @@
 """The program behind docs/tickets.md: its rows and tables by hand, and one arm at its smallest."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from evidence import importances, moving
+from evidence import importances, layer_tickets, moving, transfers
 from evidence.__main__ import markdown
 from evidence.lab import Lab, Setup
 from evidence.rows import Row, Store, from_csv, grouped, middle, spread, to_csv
 
 import pysparse_ticket as pst
 
+RESULTS = Path(importances.__file__).parent.parent / "results"
 ROW = Row("d", "procedural", "resnet20", "RigL", "90%", 0, sparsity=0.9, accuracy=0.7, settings="s", machine="m")
 
 
@@ -77,6 +79,40 @@ def test_the_table_of_importances_shows_half_way_and_the_last_round():
     assert "| l1 | 91.00 ± 1.41 | 1.00 | 80.00 ± 0.00 | 1.00 | 61.00 ± 1.41 |" in text
     assert "acc % at 20.00%" in text and "acc % at 36.00%" in text
     assert "| l1, l2 | 2 | 50.0 | 33.3 | 25.0 |" in text
+
+
+def test_the_table_of_layer_tickets_takes_differences_seed_by_seed():
+    rows = [
+        Row("b", "procedural", "resnet32", arm, level, seed, 0.25, acc, 2.0, 1.0)
+        for arm, level, accuracies in (
+            ("dense", "0", (0.80, 0.70)),
+            ("layers kl", "0", (0.82, 0.70)),
+            ("layers kl", "half", (0.79, 0.69)),
+        )
+        for seed, acc in enumerate(accuracies)
+    ]
+    text = layer_tickets.render(rows)
+    # 2 and 0 above dense: 1 ± sqrt 2; both 1 below it: -1 ± 0, though the accuracies lie 10 apart
+    assert "| 76.00 ± 8.49 | 1.0 ± 1.4 | 2.00 | 1.00 | 74.00 ± 7.07 | -1.0 ± 0.0 | 2.00 |" in text
+
+
+def test_the_table_of_transfers_has_the_sparsity_that_each_arm_really_has():
+    rows = [
+        Row("c", "procedural", "resnet32", arm, level, seed, sparsity, acc, 2.0, 1.0)
+        for seed, shift in ((0, 0.0), (1, 0.02))
+        for level in ("5", "10")
+        for arm, sparsity, acc in (("imp magnitude", 0.8926, 0.80), ("elastic append", 0.9, 0.7 + shift))
+    ]
+    text = transfers.render(rows)
+    assert "| IMP on the target | 89.26 ± 0.00 | 80.00 ± 0.00 |" in text
+    assert "| elastic append | 90.00 ± 0.00 | 71.00 ± 1.41 | 2.00 | 1.00 | 90.00 ± 0.00 | 71.00 ± 1.41 |" in text
+
+
+def test_the_documentation_shows_the_stored_tables():
+    stored = (RESULTS / "tickets.md").read_text()
+    assert stored == markdown(Store(RESULTS / "tickets.csv"))
+    shown = (RESULTS.parent.parent / "docs" / "tickets.md").read_text().splitlines()
+    assert [line for line in stored.splitlines() if line.startswith("|") and line not in shown] == []
 
 
 @pytest.fixture

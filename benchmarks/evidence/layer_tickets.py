@@ -4,7 +4,7 @@ al. 2023, tables 1 to 3)."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -90,27 +90,40 @@ def kinds(score: str) -> tuple[tuple[str, str], ...]:
 
 def render(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row.table == TABLE]
-    header = ["blocks scored by", "on", "layers: acc %", "train s", "find s", "from half way: acc %", "train s"]
-    header += ["filters: acc %", "train s", "find s"]
+    header = ["blocks scored by", "on", "layers: gone %", "acc %", "over dense", "train s", "find s"]
+    header += ["from half way: acc %", "over dense", "train s", "filters: gone %", "acc %", "train s", "find s"]
     parts = []
     for (data,), group in grouped(rows, lambda row: (row.data,)).items():
         own = grouped(group, lambda row: (row.arm, row.level))
         dense = own.get(("dense", "0"), [])
-        body = [["dense", "", *figures(dense)[:2], "", "", "", "", "", ""]]
+        base = {row.seed: row.accuracy for row in dense}
+        body = [["dense", "", "0", spread(of(dense, "accuracy"), scale=100), "", middle(of(dense, "train_seconds"))]]
+        body[0] += [""] * (len(header) - len(body[0]))
         for when, scores in (("init", AT_INIT), ("trained", TRAINED)):
             for score in (name for name in scores if (when, name) != ("trained", "random")):
                 level = "init" if when == "init" else "0"
                 layers, filters = (own.get((f"{kind} {score}", level), []) for kind in ("layers", "filters"))
                 half = own.get((f"layers {score}", "half"), [])
-                late = figures(half)[:2] if when == "trained" or score == "random" else ["", ""]
-                body.append([score, when, *figures(layers), *late, *figures(filters)])
+                late = [accuracy(half), over(half, base), middle(of(half, "train_seconds"))]
+                late = late if when == "trained" or score == "random" else [""] * 3
+                cells = [score, when, gone(layers), accuracy(layers), over(layers, base), *seconds(layers), *late]
+                body.append([*cells, gone(filters), accuracy(filters), *seconds(filters)])
         parts.append(f"{data}, ResNet-32, {REMOVE} of 15 blocks removed:\n\n{markdown_table(header, body)}")
     return "\n".join(parts)
 
 
-def figures(rows: Sequence[Row]) -> list[str]:
-    return [
-        spread(of(rows, "accuracy"), scale=100),
-        middle(of(rows, "train_seconds")),
-        middle(of(rows, "find_seconds")),
-    ]
+def accuracy(rows: Sequence[Row]) -> str:
+    return spread(of(rows, "accuracy"), scale=100)
+
+
+def gone(rows: Sequence[Row]) -> str:
+    return spread(of(rows, "sparsity"), 0, 100)
+
+
+def over(rows: Sequence[Row], dense: Mapping[int, float]) -> str:
+    """Percentage points above the dense network of the same seed."""
+    return spread((row.accuracy - dense[row.seed] for row in rows if row.seed in dense), 1, 100)
+
+
+def seconds(rows: Sequence[Row]) -> list[str]:
+    return [middle(of(rows, "train_seconds")), middle(of(rows, "find_seconds"))]
