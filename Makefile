@@ -49,7 +49,7 @@ papers: $(SETUP)
 gpu-test:
 	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$$PYTHONPATH" $(PYTHON) -m gpu.tests
 
-# into benchmarks/results/<gpu>/gpu.csv and gpu.md, stage by stage; STAGES="models joules" runs some
+# into benchmarks/results/<gpu>/gpu.csv and gpu.md, stage by stage; STAGES="resnet50 vit" runs some
 gpu-bench:
 	PYTHONPATH="$(CURDIR):$(CURDIR)/benchmarks:$$PYTHONPATH" $(PYTHON) -m gpu.run $(STAGES)
 

@@ -311,6 +311,13 @@ def test_block_matmul_runs_what_it_is_asked_for(toy):
     assert {row.shape for row in found.rows} == {"32x96, 40 tokens"}
 
 
+def test_transposable_masks_keep_two_of_four_both_ways():
+    torch.manual_seed(0)
+    mask = block_matmul.transposable_mask(12, 8, CPU).int()
+    assert (mask.reshape(12, 2, 4).sum(2) == 2).all() and (mask.reshape(3, 4, 8).sum(1) == 2).all()
+    assert len({tuple(rows.flatten().tolist()) for rows in mask.reshape(3, 4, 8)}) == 3
+
+
 def test_bsr_arms_of_fp32_are_right():
     """torch's BSR products take no bfloat16 on a CPU, but the arm is the same."""
     torch.manual_seed(0)

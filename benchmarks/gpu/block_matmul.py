@@ -13,7 +13,7 @@ from torch import Tensor
 from gpu.checks import strict_float32
 from gpu.linear_arms import Problem
 from gpu.program import BF16, Recorder, attempt, options, race, wanted
-from pysparse_ticket.granularity import expand_blocks, keep_n_of_m
+from pysparse_ticket.granularity import expand_blocks
 
 SPARSITIES = (0.9, 0.75, 0.95, 0.5)  # the middle of the table first
 # output and input features, tokens, block
@@ -31,6 +31,13 @@ def block_mask(outputs: int, inputs: int, side: int, sparsity: float, device: to
     grid = (-(-outputs // side), -(-inputs // side))
     kept = torch.rand(grid, device=device).flatten().argsort() >= round(sparsity * grid[0] * grid[1])
     return expand_blocks(kept.view(grid), (outputs, inputs), side, side)
+
+
+def transposable_mask(outputs: int, inputs: int, device: torch.device) -> Tensor:
+    """Two of every four in rows and in columns: in each 4x4 block the rows of a circulant in random order."""
+    circulant = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]], dtype=torch.bool, device=device)
+    order = torch.rand(outputs // 4, inputs // 4, 4, device=device).argsort(-1)
+    return circulant[order].permute(0, 2, 1, 3).reshape(outputs, inputs)
 
 
 def main(argv: Sequence[str] | None = None) -> Recorder:
@@ -81,7 +88,7 @@ def two_of_four(recorder: Recorder, outputs: int, inputs: int, tokens: int) -> N
     chosen, shape = recorder.options, name_of(outputs, inputs, tokens)
     if recorder.late("2:4"):
         return
-    mask = keep_n_of_m(torch.rand(outputs, inputs, device=chosen.device), 2, 4)
+    mask = transposable_mask(outputs, inputs, chosen.device)
     problem = Problem(outputs, inputs, tokens, mask, BF16, chosen.device)
     arms = [
         attempt(recorder, shape, "2:4", 0.5, lambda: problem.ours("2:4", "2:4")),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from bf16 import avoid_broken_amx
 from torch import Tensor
 
 from gpu.checks import LIMITS, relative_error
@@ -30,6 +31,8 @@ def options(doc: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="words of the shapes to run")
     found = parser.parse_args(argv)
     found.device = torch.device(found.device)
+    if found.device.type == "cpu":
+        avoid_broken_amx()
     found.end = time.monotonic() + found.limit
     return found
 

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Iterator
 
 import torch
+from bf16 import avoid_broken_amx
 from torch import Tensor, nn
 
 from gpu.checks import LIMITS, relative_error, strict_float32
@@ -94,6 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if options.device == "cpu":
+        avoid_broken_amx()
     torch.manual_seed(0)
     count = 0
     with strict_float32():
