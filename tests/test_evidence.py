@@ -137,7 +137,19 @@ def test_one_search_gives_a_row_a_level_and_the_tickets_that_other_tables_start_
     assert [row.sparsity for row in lab.store.rows] == pytest.approx([0, 0.2, 0.36], abs=1e-3)
     found = [row.find_seconds for row in lab.store.rows]
     assert found == sorted(found) and found[1] > lab.store.rows[0].train_seconds
-    half, last = (importances.ticket_of(lab, "resnet14", "l2", 0, level) for level in (1, 2))
+    half, last = (importances.ticket_of(lab, "a", "resnet14", "l2", 0, level) for level in (1, 2))
     assert pst.overlap(last, half)["overlap"] == 1  # later rounds only remove
     early = lab.start("resnet14", 0, 1)
     assert all(bool((last.rewind[name] == tensor).all()) for name, tensor in early.state.items())
+
+
+def test_a_stored_transfer_searches_nothing_and_a_lost_ticket_is_searched_again(lab):
+    transfers.transfer(lab, "resnet14", "resnet20", 1, 0)
+    arms = [(row.network, row.arm) for row in lab.store.rows]
+    assert arms[:3] == [("resnet14", "imp magnitude")] * 3
+    assert [arm for network, arm in arms[3:]] == [arm for arm in transfers.TRANSFERS if "interpolate" not in arm]
+    (lost,) = lab.folder.glob("*level1.safetensors")
+    lost.unlink()
+    transfers.transfer(lab, "resnet14", "resnet20", 1, 0)
+    assert not lost.exists()
+    assert importances.ticket_of(lab, "c", "resnet14", "magnitude", 0, 1).sparsity == pytest.approx(0.2, abs=1e-3)

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pysparse_ticket as pst
 from evidence.lab import Lab
@@ -35,20 +36,29 @@ def shown(lab: Lab) -> tuple[int, int]:
     return lab.setup.rounds // 2, lab.setup.rounds
 
 
-def ticket_of(lab: Lab, network: str, importance: str, seed: int, level: int) -> pst.Ticket:
-    return pst.Ticket.load(lab.folder / f"{network}-{importance}-seed{seed}-level{level}.safetensors")
+def path_of(lab: Lab, network: str, importance: str, seed: int, level: int) -> Path:
+    return lab.folder / f"{network}-{importance}-seed{seed}-level{level}.safetensors"
+
+
+def ticket_of(lab: Lab, table: str, network: str, importance: str, seed: int, level: int) -> pst.Ticket:
+    """A kept level's ticket; where only its row is there, as in a fresh checkout, it is searched again."""
+    path = path_of(lab, network, importance, seed, level)
+    if not path.exists():
+        search(lab, table, network, importance, seed)
+    return pst.Ticket.load(path)
 
 
 def prune(lab: Lab, table: str, network: str, importance: str, seed: int) -> None:
-    """One search; a row a level, whose search took all levels before it."""
-    arm = f"imp {importance}"
-    wanted = [lab.row(table, network, arm, level, seed) for level in range(lab.setup.rounds + 1)]
-    paths = {level: lab.folder / f"{network}-{importance}-seed{seed}-level{level}.safetensors" for level in shown(lab)}
-    if all(map(lab.store.has, wanted)) and all(path.exists() for path in paths.values()):
-        return
+    levels = range(lab.setup.rounds + 1)
+    if not all(lab.store.has(lab.row(table, network, f"imp {importance}", level, seed)) for level in levels):
+        search(lab, table, network, importance, seed)
+
+
+def search(lab: Lab, table: str, network: str, importance: str, seed: int) -> None:
+    """All rounds; a row a level, whose search took all levels before it."""
     model, place, epoch = lab.build(network, seed), Place(), lab.setup.rewind_epoch
     optimizer = lab.optimizer(model)
-    search = pst.imp(
+    levels = pst.imp(
         model,
         optimizer,
         importance=importance,
@@ -59,7 +69,7 @@ def prune(lab: Lab, table: str, network: str, importance: str, seed: int) -> Non
         plan="tiled",
     )
     rows, began = [], time.perf_counter()
-    for level in search:
+    for level in levels:
         found = time.perf_counter() - began
         if not level.index and epoch:
             place.kept = lab.train_until(model, optimizer, seed, epoch)
@@ -68,12 +78,12 @@ def prune(lab: Lab, table: str, network: str, importance: str, seed: int) -> Non
         gone = sum(not mask.any() for mask in level.ticket.masks.values())
         rows.append(
             lab.row(
-                table, network, arm, level.index, seed,
+                table, network, f"imp {importance}", level.index, seed,
                 sparsity=level.sparsity, find_seconds=found, emptied=float(gone), **values,
             )
         )  # fmt: skip
-        if level.index in paths:
-            level.ticket.save(paths[level.index])
+        if level.index in shown(lab):
+            level.ticket.save(path_of(lab, network, importance, seed, level.index))
     lab.add(*rows)
 
 
@@ -92,7 +102,7 @@ def compare(lab: Lab, seed: int) -> None:
         wanted = {names: lab.row(TABLE, NETWORK, " ".join(names), level, seed) for names in sets}
         if all(map(lab.store.has, wanted.values())):
             continue
-        tickets = {name: ticket_of(lab, NETWORK, name, seed, level) for name in IMPORTANCES}
+        tickets = {name: ticket_of(lab, TABLE, NETWORK, name, seed, level) for name in IMPORTANCES}
         lab.add(*(replace(row, **pst.overlap(*(tickets[n] for n in names))) for names, row in wanted.items()))
 
 

@@ -27,44 +27,48 @@ TRANSFERS = {  # arm: order, control
 def run(lab: Lab, seeds: Sequence[int]) -> None:
     for seed in seeds:
         for network in ("resnet14", "resnet20", "resnet32"):
-            prune(lab, network, seed)
+            importances.prune(lab, table_of(network), network, "magnitude", seed)
         for source, target in PAIRS:
             for level in importances.shown(lab):
                 transfer(lab, source, target, level, seed)
                 score(lab, target, level, seed)
 
 
-def prune(lab: Lab, network: str, seed: int) -> None:
-    """IMP by magnitude; the ResNet-20's is that of table (a)."""
-    table = importances.TABLE if network == importances.NETWORK else TABLE
-    importances.prune(lab, table, network, "magnitude", seed)
+def table_of(network: str) -> str:
+    """The ResNet-20's search is that of table (a)."""
+    return importances.TABLE if network == importances.NETWORK else TABLE
+
+
+def ticket_of(lab: Lab, network: str, seed: int, level: int) -> pst.Ticket:
+    return importances.ticket_of(lab, table_of(network), network, "magnitude", seed, level)
 
 
 def transfer(lab: Lab, source: str, target: str, level: int, seed: int) -> None:
-    epoch = lab.setup.rewind_epoch
-    ticket = importances.ticket_of(lab, source, "magnitude", seed, level)
-    model = lab.build(source, seed)
     same = source == "resnet14"  # one unit a stage is repeated, so both orders are one mapping
-    for arm, (order, control) in TRANSFERS.items():
-        if order == "interpolate" and same:
-            continue
+    arms = {arm: how for arm, how in TRANSFERS.items() if not (how[0] == "interpolate" and same)}
+    if all(lab.store.has(lab.row(TABLE, target, arm, level, seed)) for arm in arms):
+        return
+    ticket, model = ticket_of(lab, source, seed, level), lab.build(source, seed)
+    for arm, (order, control) in arms.items():
 
         def find(into: nn.Module, order=order, control=control) -> pst.Ticket:
             return pst.elastic(ticket, model, into, order, control=control, seed=seed)
 
-        lab.run(lab.row(TABLE, target, arm, level, seed), find, epoch)
+        lab.run(lab.row(TABLE, target, arm, level, seed), find, lab.setup.rewind_epoch)
 
 
 def score(lab: Lab, target: str, level: int, seed: int) -> None:
     """The scores at the sparsity of the target's own ticket, of the weights that it rewinds to."""
+    arms = {"random ERK" if name == "random" else name: name for name in SCORES}
+    if all(lab.store.has(lab.row(TABLE, target, arm, level, seed)) for arm in arms):
+        return
     epoch, pairs = lab.setup.rewind_epoch, lab.pairs(seed)
-    sparsity = importances.ticket_of(lab, target, "magnitude", seed, level).sparsity
+    sparsity = ticket_of(lab, target, seed, level).sparsity
     state = lab.start(target, seed, epoch).state
-    for name in SCORES:
-        scope = "erk" if name == "random" else "global"
-        arm = "random ERK" if name == "random" else name
+    for arm, name in arms.items():
 
-        def find(model: nn.Module, name=name, scope=scope) -> pst.Ticket:
+        def find(model: nn.Module, name=name) -> pst.Ticket:
+            scope = "erk" if name == "random" else "global"
             return pst.at_init(
                 model, pairs, score=name, granularity="weight", sparsity=sparsity, scope=scope, state=state,
                 allow_empty=True, seed=seed,
