@@ -8,7 +8,6 @@ import sys
 
 import torch
 from ahead_of_time import compile_for
-
 from pysparse_ticket.kernels import filter_conv2d as kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

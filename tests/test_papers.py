@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs as paper_runs
 import torch
 from recipe import main, percent_gone, run, shortened, table
 from torch import nn
 
 import pysparse_ticket as pst
+import runs as paper_runs
 from pysparse_ticket.models import CifarResNet, ImageNetResNet
 from pysparse_ticket.search.filter_twin import filters_removed
 from pysparse_ticket.search.pieces import Schedule
