@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from .ops.library import CPU_ERROR, cpu_isa, triton_error
+from .ops.library import CPU_ERROR, CUDA_ERROR, cpu_isa, triton_error
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
 
@@ -25,26 +24,13 @@ def cpu_features() -> list[str]:
 
 def backends() -> dict[str, str | None]:
     """{backend: None if it is there, else the reason why not}."""
-    return {"reference": None, "cpu": CPU_ERROR, "triton": triton_error(), "cuda": _cuda()}
-
-
-def _cuda() -> str | None:
-    if CPU_ERROR:
-        return CPU_ERROR
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is visible" if torch.version.cuda else "this torch is a CPU build"
-    if not hasattr(torch.ops.pysparse_ticket, "cuda_arch"):
-        nvcc = "nvcc is at hand, but " if shutil.which("nvcc") else "nvcc was not found, and "
-        return nvcc + "this version has no CUDA kernel yet"
-    return None
+    return {"reference": None, "cpu": CPU_ERROR, "triton": triton_error(), "cuda": CUDA_ERROR}
 
 
 def summary() -> list[tuple[str, str]]:
     """Rows for ``pysparse-ticket info``."""
-    rows = [
-        (name, f"available, runs {cpu_isa()}" if name == "cpu" and not reason else reason or "available")
-        for name, reason in backends().items()
-    ]
+    built = {"cpu": lambda: f", runs {cpu_isa()}", "cuda": lambda: f", for {torch.ops.pysparse_ticket.cuda_arch()}"}
+    rows = [(name, reason or "available" + built.get(name, str)()) for name, reason in backends().items()]
     return [
         (f"backend {name}", text if text.startswith("available") else f"not available: {text}") for name, text in rows
     ]

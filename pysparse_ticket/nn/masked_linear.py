@@ -79,6 +79,14 @@ class MaskedLinear(MaskedModule):
         if self.schedule is not None:
             self.schedule, self.t_schedule = (t.to(self.schedule.device) for t in linear_schedule(pattern))
 
+    def _apply(self, fn, recurse=True):
+        before = self.col.device
+        super()._apply(fn, recurse)
+        # a schedule is its device's own
+        if self.schedule is not None and self.col.device != before and not self.col.is_meta:
+            self.schedule, self.t_schedule = linear_schedule(self.pattern)
+        return self
+
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         return grad.reshape(-1, self.out_features).T @ x.reshape(-1, self.in_features)
 

@@ -34,6 +34,25 @@ def _load() -> str | None:
 CPU_ERROR: str | None = _load()
 
 
+def _why_no_cuda() -> str | None:
+    if CPU_ERROR:
+        return CPU_ERROR
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible" if torch.version.cuda else "this torch is a CPU build"
+    if not hasattr(torch.ops.pysparse_ticket, "cuda_arch"):
+        return "the extension was built without CUDA; reinstall with nvcc at hand"
+    return None
+
+
+CUDA_ERROR: str | None = _why_no_cuda()
+_CUDA_OPS = frozenset([] if CUDA_ERROR else torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
+
+
+def on_cuda(op: str) -> bool:
+    """Whether the ``cuda`` backend runs here and has a kernel of ``op``."""
+    return f"{NAMESPACE}::{op}" in _CUDA_OPS
+
+
 def cpu_isa(name: str = "?") -> str:
     """The instruction set of the C++ kernels: ``"?"`` asks, a name (portable, avx2, avx512) sets, ``""`` resets."""
     if CPU_ERROR:
@@ -41,8 +60,9 @@ def cpu_isa(name: str = "?") -> str:
     return torch.ops.pysparse_ticket.cpu_isa(name)
 
 
-BACKENDS = ("reference", "cpu", "triton")
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": _ON_GPU, "cuda": _ON_GPU}
 _forced: str | None = None
 _ran: dict[str, str] = {}
 
@@ -53,7 +73,7 @@ def why_missing(backend: str) -> str | None:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if backend == "triton":
         return triton_error()
-    return CPU_ERROR if backend == "cpu" else None
+    return {"reference": None, "cpu": CPU_ERROR, "cuda": CUDA_ERROR}[backend]
 
 
 def triton_error() -> str | None:
@@ -100,6 +120,8 @@ def choose_backend(
         name = _checked(name)
         if name not in ("reference", *own.values()):
             raise RuntimeError(f"{op} has no {name} backend, only reference, {', '.join(own.values())}")
+        if name in ("cpu", "cuda") and tensor.device.type != name:
+            raise RuntimeError(f"{op} cannot run on the {name} backend: the tensor is on {tensor.device}")
     else:
         name = own.get(tensor.device.type, "reference")
         if name != "reference" and tensor.dtype not in DTYPES[name]:

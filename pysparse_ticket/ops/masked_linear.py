@@ -1,4 +1,5 @@
-"""``F.linear(x, weight * mask, bias)`` with the surviving weights packed; kernels in ``csrc/cpu/masked_linear.cpp``."""
+"""``F.linear(x, weight * mask, bias)`` with the surviving weights packed; kernels in ``csrc/cpu/masked_linear.cpp`` and
+``csrc/cuda/masked_linear.cpp``."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import CPU_ERROR, choose_backend
+from .library import CPU_ERROR, choose_backend, on_cuda
 from .pattern import Pattern
 
 Schedules = tuple[Tensor, Tensor]
 ACTIVATIONS = (None, "relu")
+OWN = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def column_tile(nnz: int, rows: int, columns: int) -> int:
@@ -24,10 +26,11 @@ def column_tile(nnz: int, rows: int, columns: int) -> int:
 
 
 def linear_schedule(pattern: Pattern) -> Schedules:
-    """The order in which the kernels walk ``pattern`` and its transpose: int32 tensors on the CPU, made once a mask."""
+    """The order in which the kernels walk ``pattern`` and its transpose: int32 tensors, made once a mask; the CPU's
+    kernels', or the GPU's for a pattern on a GPU that has them, and then the GPU is waited for."""
     out_features, in_features = pattern.shape
-    cpu = [t.cpu() for t in pattern.tensors]
-    row_ptr, col, t_row_ptr, t_col, t_perm = cpu
+    stays = pattern.col.is_cuda and on_cuda("linear_schedule")
+    row_ptr, col, t_row_ptr, t_col, t_perm = (t if stays else t.cpu() for t in pattern.tensors)
     op = torch.ops.pysparse_ticket.linear_schedule
     return (
         op(row_ptr, col, None, in_features, column_tile(pattern.nnz, out_features, in_features)),
@@ -48,8 +51,9 @@ def masked_linear(
 
     x ``[..., in]``, values ``[nnz]``, bias ``[out]`` or None, pattern of shape ``[out, in]``; returns ``[..., out]`` of
     x's dtype. The ``cpu`` backend takes float32 and bfloat16 x, sums in float32, and runs under autocast to bfloat16
-    with the values left in float32; any other dtype or device runs on ``reference``. ``schedules`` is
-    ``linear_schedule(pattern)``, made anew in each call that does not give it. ValueError for shapes that do not fit.
+    with the values left in float32; so does ``cuda``, which also takes float16 x; any other dtype or device runs on
+    ``reference``. ``schedules`` is ``linear_schedule(pattern)``, made anew in each call that does not give it.
+    ValueError for shapes that do not fit.
     """
     if len(pattern.shape) != 2:
         raise ValueError(f"masked_linear takes the pattern of a 2-D mask, not of shape {tuple(pattern.shape)}")
@@ -66,9 +70,10 @@ def masked_linear(
         raise ValueError(f"unknown activation {activation!r}; known: None, 'relu'")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-        # the kernels have no float16: autocast to it leaves x in float32
-        x = x.to(torch.bfloat16) if torch.get_autocast_dtype(device) == torch.bfloat16 else x
-    if choose_backend("masked_linear", backend, x) == "reference":
+        # the CPU's kernels have no float16: autocast to it leaves x in float32
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype) if dtype == torch.bfloat16 or device == "cuda" else x
+    if choose_backend("masked_linear", backend, x, OWN) == "reference":
         return _reference(x, values, bias, pattern, activation)
     if schedules is None:
         schedules = linear_schedule(pattern)
@@ -124,8 +129,13 @@ def _samples(t: Tensor) -> int:
 
 
 def _fake(x, values, bias, schedule, t_schedule, out_features, relu, keep):
-    packed = _padded(_samples(x)) * x.shape[-1] if keep else 0
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(packed, dtype=torch.float32)
+    if x.device.type == "cuda":  # tiles of 128 bytes of samples in x's own dtype (csrc/cuda/linear_schedule.h)
+        tile = 128 // x.dtype.itemsize
+        padded, dtype = (_samples(x) + tile - 1) // tile * tile, x.dtype
+    else:
+        padded, dtype = _padded(_samples(x)), torch.float32
+    packed = padded * x.shape[-1] if keep else 0
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(packed, dtype=dtype)
 
 
 def _fake_backward(grad_y, packed_x, values, y, schedule, t_schedule, in_features, *need):

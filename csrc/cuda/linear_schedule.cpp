@@ -1,0 +1,205 @@
+// Builds the schedule of linear_schedule.h on the CPU, once per mask
+#include "cuda/linear_schedule.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "cuda/device.h"
+
+namespace pst::cuda {
+namespace {
+
+// widest first: the wider, the fewer times the gradient's rows are read
+constexpr int CELL_COLUMNS[] = {512, 448, 384, 320, 256, 192, 128, 96, 64, 32, 16, 8};
+
+struct Lists {
+  std::vector<int32_t> source{};
+  std::vector<uint16_t> slot{};
+
+  int32_t groups() const { return int32_t(source.size() / WARP); }
+  void add(int32_t from, int at) {
+    source.push_back(from);
+    slot.push_back(uint16_t(at));
+  }
+};
+
+struct Builder {
+  const int32_t *ptr, *col, *perm;  // perm: where the pattern's nonzeros are in the layer's values, or null: the same
+  int64_t rows, width;
+  int columns, stages;
+  Lists product{}, cells{};
+  std::vector<int32_t> row{}, first{}, cell_row{}, cell_first{};
+  int cell_columns = 0;
+
+  int32_t source(int32_t e) const { return perm ? perm[e] : e; }
+
+  // rows of a chunk, longest first, -1 above the last
+  template <class Length>
+  void sort_rows(int chunk, Length length, int32_t* out) const {
+    const int32_t begin = chunk * ROWS, n = int32_t(std::min<int64_t>(ROWS, rows - begin));
+    std::iota(out, out + n, begin);
+    std::fill(out + n, out + ROWS, -1);
+    std::stable_sort(out, out + n, [&](int32_t a, int32_t b) { return length(a) > length(b); });
+  }
+
+  // one warp's lists: in each stage as many nonzeros of each row, from those that have arrived and soonest those that leave
+  void walk(const int32_t* warp_row) {
+    int32_t next[WARP], end[WARP];
+    int64_t total = 0, longest = 0;
+    for (int i = 0; i < WARP; ++i) {
+      const int32_t r = warp_row[i];
+      next[i] = r < 0 ? 0 : ptr[r];
+      end[i] = r < 0 ? 0 : ptr[r + 1];
+      total += end[i] - next[i];
+      longest = std::max<int64_t>(longest, end[i] - next[i]);
+    }
+    const double stretch = total ? double(longest) * WARP / double(total) : 0;
+    std::vector<int64_t> arrived(stages);  // nonzeros of all rows with columns up to a stage's
+    for (int i = 0; i < WARP; ++i)
+      for (int32_t e = next[i]; e < end[i]; ++e) ++arrived[col[e] / columns];
+    for (int s = 1; s < stages; ++s) arrived[s] += arrived[s - 1];
+    int64_t done = 0;
+    for (int s = 0; s < stages; ++s) {
+      first.push_back(product.groups());
+      const bool last = s + 1 == stages;
+      const int64_t leaving = int64_t(s - LAG + 1) * columns, here = int64_t(s + 1) * columns;
+      // half way between what has arrived and what leaves: each row may be ahead or behind by LAG / 2 stages
+      const double pace = stretch / WARP * (double(arrived[s]) + (s >= LAG ? double(arrived[s - LAG]) : 0)) / 2;
+      int64_t n = std::max<int64_t>(0, int64_t(pace) - done);
+      for (int i = 0; i < WARP; ++i) {
+        int64_t must = 0;
+        while (next[i] + must < end[i] && (last || col[next[i] + must] < leaving)) ++must;
+        n = std::max(n, must);
+      }
+      int64_t most = 0;  // no group of padding alone
+      for (int i = 0; i < WARP; ++i) {
+        int64_t can = 0;
+        while (can < n && next[i] + can < end[i] && col[next[i] + can] < here) ++can;
+        most = std::max(most, can);
+      }
+      for (int64_t j = 0; j < most; ++j)
+        for (int i = 0; i < WARP; ++i) {
+          const bool has = next[i] < end[i] && col[next[i]] < here;
+          has ? product.add(source(next[i]), col[next[i]] % (RING * columns)) : product.add(-1, RING * columns);
+          next[i] += has;
+        }
+      done += most;
+    }
+  }
+
+  void products() {
+    row.resize(int64_t(chunks_of(rows)) * ROWS);
+    for (int c = 0; c < chunks_of(rows); ++c) {
+      int32_t* of_chunk = row.data() + int64_t(c) * ROWS;
+      sort_rows(c, [&](int32_t r) { return ptr[r + 1] - ptr[r]; }, of_chunk);
+      for (int w = 0; w < WARPS; ++w) walk(of_chunk + w * WARP);
+    }
+    first.push_back(product.groups());
+  }
+
+  // false if a cell's sums do not fit
+  bool cells_of(int of_columns, int most_sums) {
+    cell_columns = of_columns;
+    cells = {};
+    cell_row.clear();
+    cell_first.clear();
+    std::vector<int32_t> next(ptr, ptr + rows), end(rows);
+    for (int64_t from = 0; from < width; from += of_columns) {
+      for (int64_t r = 0; r < rows; ++r) {
+        end[r] = next[r];
+        while (end[r] < ptr[r + 1] && col[end[r]] < from + of_columns) ++end[r];
+      }
+      for (int c = 0; c < chunks_of(rows); ++c) {
+        int32_t order[ROWS];
+        sort_rows(c, [&](int32_t r) { return end[r] - next[r]; }, order);
+        const int32_t begin = cells.groups();
+        for (int w = 0; w < WARPS; ++w) {
+          const int32_t* r = order + w * WARP;
+          cell_first.push_back(cells.groups());
+          const int32_t longest = r[0] < 0 ? 0 : end[r[0]] - next[r[0]];
+          for (int32_t j = 0; j < longest; ++j)
+            for (int i = 0; i < WARP; ++i) {
+              const bool has = r[i] >= 0 && next[r[i]] + j < end[r[i]];
+              has ? cells.add(source(next[r[i]] + j), int(col[next[r[i]] + j] - from)) : cells.add(-1, 0);
+            }
+        }
+        if (int64_t(cells.groups() - begin) * WARP > most_sums) return false;
+        cell_row.insert(cell_row.end(), order, order + ROWS);
+      }
+      next = end;
+    }
+    cell_first.push_back(cells.groups());
+    return true;
+  }
+
+  std::vector<int32_t> words(int64_t nnz) const {
+    Header h{};
+    std::vector<int32_t> out(HEADER);
+    auto put = [&](const auto& v) {
+      const int32_t at = int32_t(out.size());
+      out.resize(out.size() + (v.size() * sizeof(v[0]) + 3) / 4);
+      if (!v.empty()) std::memcpy(out.data() + at, v.data(), v.size() * sizeof(v[0]));
+      return at;
+    };
+    h.rows = int32_t(rows);
+    h.width = int32_t(width);
+    h.nnz = int32_t(nnz);
+    h.columns = columns;
+    h.stages = stages;
+    h.groups = product.groups();
+    h.row = put(row);
+    h.first = put(first);
+    h.source = put(product.source);
+    h.slot = put(product.slot);
+    h.cells = int32_t(cell_row.size() / ROWS);
+    h.cell_columns = cell_columns;
+    h.cell_groups = cells.groups();
+    h.cell_row = put(cell_row);
+    h.cell_first = put(cell_first);
+    h.cell_source = put(cells.source);
+    h.cell_slot = put(cells.slot);
+    std::memcpy(out.data(), &h, sizeof(h));
+    out.resize(length_that_fits(int64_t(out.size()), rows, width, nnz));
+    return out;
+  }
+};
+
+// columns is the CPU's affair; perm is given for the transposed pattern, whose schedule has no walk of the weight gradient
+Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, int64_t width, int64_t columns) {
+  const Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor ptr = torch::stable::to(row_ptr, cpu), c = torch::stable::to(col, cpu);
+  const std::optional<Tensor> p = perm ? std::optional(torch::stable::to(*perm, cpu)) : std::nullopt;
+  const Budget budget = budget_of(col);
+  const int stage = budget.columns();
+  Builder b{.ptr = ptr.const_data_ptr<int32_t>(),
+            .col = c.const_data_ptr<int32_t>(),
+            .perm = p ? p->const_data_ptr<int32_t>() : nullptr,
+            .rows = ptr.numel() - 1,
+            .width = width,
+            .columns = stage,
+            .stages = int((width + stage - 1) / stage)};
+  b.products();
+  if (!perm)
+    for (int of_columns : CELL_COLUMNS)
+      if (budget.cell_sums(of_columns) > 0 && b.cells_of(of_columns, budget.cell_sums(of_columns))) break;
+  STD_TORCH_CHECK(int64_t(b.product.source.size()) + int64_t(b.cells.source.size()) < INT32_MAX / 2,
+                  "the packed weights of a layer are indexed with 32 bits; this mask leaves too many: split the layer");
+  const std::vector<int32_t> words = b.words(c.numel());
+  Tensor out = torch::stable::new_empty(c, {int64_t(words.size())});
+  std::memcpy(out.mutable_data_ptr<int32_t>(), words.data(), words.size() * 4);
+  return torch::stable::to(out, col.device());
+}
+
+}  // namespace
+}  // namespace pst::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pysparse_ticket, CUDA, m) {
+  m.impl("linear_schedule", TORCH_BOX(&pst::cuda::build_schedule));
+}

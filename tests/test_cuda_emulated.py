@@ -1,0 +1,153 @@
+"""The kernels of csrc/cuda, compiled for the CPU with a fiber a thread (tests/cuda_emulation), against F.linear on the
+scattered weight in float64."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_masked_linear import MASKS, bound, case, error, run
+
+from pysparse_ticket.ops.library import CPU_ERROR
+from pysparse_ticket.ops.pattern import Pattern
+
+ROOT = Path(__file__).parent.parent
+TORCH = Path(torch.__file__).parent
+OP_NAMES = ("linear_schedule", "masked_linear", "masked_linear_backward")
+
+pytestmark = pytest.mark.skipif(
+    bool(CPU_ERROR) or shutil.which("g++") is None, reason="emulating the CUDA kernels takes the extension and g++"
+)
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    include = [f"-I{path}" for path in (ROOT / "tests/cuda_emulation", ROOT / "csrc", TORCH / "include")]
+    flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    source = ROOT / "tests/cuda_emulation/emulate.cpp"
+    links = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", *flags, *include, source, "-o", library, *links], check=True)
+    schemas = torch.library.Library("pysparse_emulated", "DEF")
+    for name in OP_NAMES:
+        schema = str(getattr(torch.ops.pysparse_ticket, name).default._schema)
+        schemas.define(schema.removeprefix("pysparse_ticket::"))
+    torch.ops.load_library(str(library))
+    yield torch.ops.pysparse_emulated
+    schemas._destroy()
+
+
+def schedules(ops, pattern):
+    rows, columns = pattern.shape
+    return (
+        ops.linear_schedule(pattern.row_ptr, pattern.col, None, columns, 0),
+        ops.linear_schedule(pattern.t_row_ptr, pattern.t_col, pattern.t_perm, rows, 0),
+    )
+
+
+def emulated(ops, x, values, bias, pattern, grad, relu=False, need=(True, True, True)):
+    """Output and gradients of x, values and bias."""
+    rows, columns = pattern.shape
+    walks = schedules(ops, pattern)
+    y, packed = ops.masked_linear(x, values, bias, *walks, rows, relu, True)
+    return y, *ops.masked_linear_backward(grad, packed, values, y if relu else None, *walks, columns, *need)
+
+
+SHAPES = {
+    "two chunks of rows, four stages": ((70,), 500, 600, 0.1),
+    "ragged batch": ((70,), 37, 53, 0.3),
+    "one sample": ((1,), 5, 3, 0.5),
+    "1-D x": ((), 20, 30, 0.4),
+    "3-D x": ((3, 9), 33, 17, 0.4),
+    "stages wait in the ring": ((33,), 1500, 40, 0.02),
+    "more stages than the ring": ((5,), 1700, 70, 0.1),
+    "full mask": ((50,), 200, 35, 1.0),
+    "zero mask": ((50,), 40, 35, 0.0),
+    "mostly empty rows": ((100,), 200, 300, 0.003),
+    "one output": ((130,), 90, 1, 0.5),
+    "one input": ((130,), 1, 90, 0.5),
+    "whole vectors": ((128,), 64, 128, 0.2),
+    "empty batch": ((0,), 12, 7, 0.5),
+    "empty batch of 3-D x": ((2, 0), 12, 7, 0.5),
+}
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_dense_linear(ops, poison, shape, relu):
+    batch, in_features, out_features, density = shape
+    x, values, bias, pattern, grad = case(batch, in_features, out_features, density)
+    actual = emulated(ops, x, values, bias, pattern, grad, relu)
+    expected = run(x, values, bias, pattern, grad, torch.float64, activation="relu" if relu else None)
+    samples = x.numel() // in_features
+    for name, a, e, n in zip(
+        ("y", "dx", "dvalues", "dbias"), actual, expected, (in_features, out_features, samples, samples), strict=True
+    ):
+        assert a.shape == e.shape and a.dtype == torch.float32
+        assert error(a, e) < bound(n), name
+
+
+@pytest.mark.parametrize("mask", [*list(MASKS)[:3], "2:4", "mixed"])
+def test_masks_with_structure(ops, poison, mask):
+    x, values, bias, pattern, grad = case((40,), 150, 133, mask)
+    for a, e in zip(
+        emulated(ops, x, values, bias, pattern, grad), run(x, values, bias, pattern, grad, torch.float64), strict=True
+    ):
+        assert error(a, e) < bound(150)
+
+
+@pytest.mark.parametrize("features", [(500, 133), (64, 88)], ids=["odd", "vectors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_activations_are_summed_in_float32(ops, poison, dtype, features):
+    x, values, bias, pattern, grad = case((70,), *features, 0.3, dtype=dtype)
+    actual = emulated(ops, x, values, bias, pattern, grad)
+    expected = run(x.double(), values, bias, pattern, grad.double(), torch.float64)
+    assert [t.dtype for t in actual] == [dtype, dtype, torch.float32, torch.float32]
+    rounding = torch.finfo(dtype).eps / 2
+    for a, e, most in zip(actual, expected, (rounding, rounding, bound(70), bound(70)), strict=True):
+        assert error(a, e) <= most + bound(500)
+
+
+def test_nothing_but_a_row_s_own_columns_is_read(ops):
+    """Infinities in columns that a row does not have leave it alone, padding included."""
+    gen = torch.Generator().manual_seed(0)
+    x, values, bias, pattern, grad = case((40,), 300, 70, 0.05)
+    used = pattern.mask().any(0)
+    column = int(torch.randint(300, (), generator=gen)) if used.all() else int((~used).nonzero()[0])
+    clean = pattern.mask()[:, column].logical_not()
+    x[:, column] = float("inf")
+    y = emulated(ops, x, values, bias, pattern, grad)[0]
+    assert y[:, clean].isfinite().all() and clean.any()
+
+
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
+def test_each_gradient_alone(ops, need):
+    arguments = case((70,), 37, 53, 0.3)
+    together = emulated(ops, *arguments)[1:]
+    alone = emulated(ops, *arguments, need=need)[1:]
+    for whole, part, needed in zip(together, alone, need, strict=True):
+        assert torch.equal(part, whole) if needed else part.numel() == 0
+
+
+def test_the_packed_input_is_as_large_as_the_fake_says(ops):
+    for dtype, tile in ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)):
+        x, values, bias, pattern, _ = case((70,), 37, 53, 0.3, dtype=dtype)
+        packed = ops.masked_linear(x, values, bias, *schedules(ops, pattern), 53, False, True)[1]
+        assert packed.shape == (-(-70 // tile) * tile * 37,) and packed.dtype == dtype
+        assert ops.masked_linear(x, values, bias, *schedules(ops, pattern), 53, False, False)[1].numel() == 0
+
+
+def test_rows_of_a_warp_have_as_many_entries_a_stage(ops):
+    """5% of 4096 columns: without the wait in the ring every second entry is padding."""
+    mask = torch.rand(512, 4096, generator=torch.Generator().manual_seed(0)) < 0.05
+    pattern = Pattern.from_mask(mask)
+    groups = ops.linear_schedule(pattern.row_ptr, pattern.col, None, 4096, 0)[5].item()
+    assert groups * 32 < 1.1 * pattern.nnz
+
+
+def test_schedules_of_another_pattern_are_refused(ops):
+    x, values, bias, *_ = case((70,), 37, 53, 0.3)
+    other = schedules(ops, Pattern.from_mask(torch.ones(53, 37, dtype=torch.bool)))
+    with pytest.raises(RuntimeError, match="schedule is of another pattern"):
+        ops.masked_linear(x, values, bias, *other, 53, False, True)
