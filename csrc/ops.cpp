@@ -50,6 +50,16 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
   m.def(
       "masked_linear_backward(Tensor grad_y, Tensor packed_x, Tensor values, Tensor? y, Tensor schedule, "
       "Tensor t_schedule, int in_features, bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // Over the tiles of a mask (ops/tile_mask.py): tiles are its tensors; Triton kernels, registered from Python
+  // -> y, what GELU saw (empty unless keep), masked values of x's type (empty unless keep, or where values are such)
+  m.def(
+      "masked_linear_tiles(Tensor x, Tensor values, Tensor? bias, Tensor[] tiles, int[] shape, int[] tile, "
+      "str activation, bool clean, bool keep) -> (Tensor, Tensor, Tensor)");
+  // out: y of a ReLU, or what GELU saw -> gradients of x, values (of dtype) and bias (float32), each empty unless needed
+  m.def(
+      "masked_linear_tiles_backward(Tensor grad, Tensor x, Tensor values, Tensor? out, Tensor[] tiles, int[] shape, "
+      "int[] tile, str activation, ScalarType dtype, bool need_x, bool need_values, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
   // Chains of linear layers on tiles, flat tensors (csrc/cpu/masked_linear.h); x [samples, features]
   m.def("linear_pack(Tensor x) -> Tensor");
   m.def("linear_unpack(Tensor tiles, SymInt samples, SymInt features) -> Tensor");

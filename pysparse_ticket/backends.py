@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .ops.library import CPU_ERROR, CUDA_ERROR, cpu_isa, triton_error
+from .ops.library import BACKENDS, cpu_isa, interpreted, why_missing
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16")
 
@@ -24,13 +24,22 @@ def cpu_features() -> list[str]:
 
 def backends() -> dict[str, str | None]:
     """{backend: None if it is there, else the reason why not}."""
-    return {"reference": None, "cpu": CPU_ERROR, "triton": triton_error(), "cuda": CUDA_ERROR}
+    return {name: why_missing(name) for name in BACKENDS}
 
 
 def summary() -> list[tuple[str, str]]:
     """Rows for ``pysparse-ticket info``."""
-    built = {"cpu": lambda: f", runs {cpu_isa()}", "cuda": lambda: f", for {torch.ops.pysparse_ticket.cuda_arch()}"}
-    rows = [(name, reason or "available" + built.get(name, str)()) for name, reason in backends().items()]
     return [
-        (f"backend {name}", text if text.startswith("available") else f"not available: {text}") for name, text in rows
+        (f"backend {name}", f"not available: {reason}" if reason else f"available{_how(name)}")
+        for name, reason in backends().items()
     ]
+
+
+def _how(backend: str) -> str:
+    if backend == "cpu":
+        return f", runs {cpu_isa()}"
+    if backend == "cuda":
+        return f", built for {torch.ops.pysparse_ticket.cuda_arch()}"
+    if backend == "triton" and interpreted():
+        return ", in triton's interpreter, on CPU tensors"
+    return f", on {torch.cuda.get_device_name()}" if backend == "triton" else ""

@@ -33,6 +33,16 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA GPU is visible")
 
 
+@pytest.fixture
+def gpu_or_interpreter():
+    """The device of the Triton kernels: the GPU, or the CPU under triton's interpreter."""
+    from pysparse_ticket.ops.library import interpreted, why_missing
+
+    if reason := why_missing("triton"):
+        pytest.skip(reason)
+    return "cpu" if interpreted() else "cuda"
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Each device that the ops and modules run on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sites, race, race_steps
@@ -40,13 +39,16 @@ def choose_layer(
         row.why = masked.why_dense or "no sample to time it with"
         return masked, row
 
+    rivals, note = masked.rival_formats(site.shape), masked.race_note()
+    packed = rivals if masked.why_not_raced else ("packed", *rivals)
+    if not packed:
+        masked.set_format("dense")
+        row.format, row.why = "dense", "; ".join(filter(None, (masked.why_not_raced, note)))
+        return masked, row
     other_density = 0.5 if mask.float().mean() < 0.4 else 0.2
-    packed = ("packed", *masked.rival_formats(site.shape))
 
     def measure() -> dict[str, float]:
-        generator = torch.Generator().manual_seed(0)
-        other = (torch.rand(mask.shape, generator=generator) < other_density).to(mask.device)
-        other = type(masked).from_dense(module, other)
+        other = type(masked).from_dense(module, masked.random_mask(other_density).to(mask.device))
         arms = {"plain": module, "dense": _in_format(masked, "dense")}
         for one in packed:
             arms[one] = _in_format(masked, one)
@@ -54,7 +56,9 @@ def choose_layer(
                 arms[f"other {one}"] = _in_format(other, one)
         return race(arms, site, module.weight.device)
 
-    times = cache.get_or_race(cache.key("layer", module, site, round(masked.sparsity, 2), packed), measure)
+    times = cache.get_or_race(
+        cache.key("layer", module, site, round(masked.sparsity, 2), packed, *filter(None, [note])), measure
+    )
     best = min(packed, key=times.__getitem__)
     row.dense_us = times["plain"]
     row.format = best if times[best] <= times["plain"] else "dense"
@@ -64,7 +68,7 @@ def choose_layer(
             times["plain"], times[best], times[f"other {best}"], 1 - masked.sparsity, other_density
         )
     row.why = "fastest here" if row.format == best else f"{best} takes {times[best] / times['plain']:.2f} of it"
-    row.why += "".join(f"; no {one}: {reason}" for one, reason in masked.left_out.items())
+    row.why = "; ".join(filter(None, (row.why, note, *(f"no {f}: {reason}" for f, reason in masked.left_out.items()))))
     masked.set_format(row.format)
     return masked, row
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ops.library import CUDA_ERROR, on_cuda
 from ..ops.mask_gradient import mask_gradient
 from ..ops.pattern import Pattern
+from ..ops.tile_mask import TileMask
 
 FORMATS = ("packed", "dense")
 
@@ -19,6 +21,11 @@ def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Te
     """The hook of a dense weight's Parameter, which runs before the gradient reaches anything else."""
     owner = module()  # it may have moved to another device, or be gone before its backward pass
     return mask_gradient(grad, mask if owner is None else owner._buffers["_mask"])
+
+
+def _stored(format: str) -> str:
+    """What of the formats that store the weight alike a format is."""
+    return format if format in ("dense", "blocks") else "packed"
 
 
 def _check_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], name: str) -> None:
@@ -34,7 +41,8 @@ class MaskedModule(nn.Module):
     format "packed"  the Parameter ``values`` ``[nnz]`` holds the surviving weights in the order of ``weight[mask]``
     format "dense"   the Parameter ``weight`` has the dense shape and zeros where pruned; its gradient is masked
 
-    A class may have further formats (``FORMATS``), which are packed too and differ in the kernel.
+    A class may have further formats (``FORMATS``), which are packed too and differ in the kernel, and "blocks" also in
+    ``values``: ``layout`` says where each of them sits in the dense weight.
 
     ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
     keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can; ``left_out`` why
@@ -42,6 +50,7 @@ class MaskedModule(nn.Module):
     """
 
     FORMATS = FORMATS
+    OP: str  # whose kernels run format "packed"
 
     def __init__(self, module: nn.Module, mask: Tensor) -> None:
         super().__init__()
@@ -51,6 +60,7 @@ class MaskedModule(nn.Module):
         self.left_out: dict[str, str] = {}
         self.format = "dense"
         self._shape = tuple(mask.shape)
+        self._tiles: TileMask | None = None  # format "blocks" alone
         mask = mask.to(weight.device)
         for field, tensor in zip(Pattern.FIELDS, Pattern.from_mask(mask).tensors, strict=True):
             self.register_buffer(field, tensor, persistent=False)
@@ -67,6 +77,11 @@ class MaskedModule(nn.Module):
     @property
     def pattern(self) -> Pattern:
         return Pattern(self._shape, self.row_ptr, self.col, self.t_row_ptr, self.t_col, self.t_perm)
+
+    @property
+    def layout(self) -> Pattern | TileMask:
+        """Where the surviving weights lie in the Parameter ``values``; a Pattern in format "dense" too."""
+        return self.pattern if self._tiles is None else self._tiles
 
     @property
     def mask(self) -> Tensor:
@@ -103,12 +118,13 @@ class MaskedModule(nn.Module):
     def __getattr__(self, name: str):
         # a property would hide the Parameter of that name from nn.Module and from replicas, which hold plain tensors
         if name == "weight" and self.__dict__.get("format", "dense") != "dense":
-            return self.pattern.scatter(self.values)
+            return self.layout.scatter(self.values)
         return super().__getattr__(name)
 
     def packed_values(self) -> Tensor:
         """``[nnz]`` surviving weights in either format; differentiable."""
-        return self.values if self.packed else self.pattern.gather(self.weight)
+        own = self.packed and self._tiles is None
+        return self.values if own else self.pattern.gather(self.weight)
 
     def masked_weight(self) -> Tensor:
         """Format "dense": the weight, which is zero where pruned, and so is its gradient."""
@@ -135,11 +151,22 @@ class MaskedModule(nn.Module):
 
     def compact_like(self, tensor: Tensor) -> Tensor:
         """A tensor of the dense weight's shape to one of ``weight_parameter``'s, as for an optimizer's state."""
-        return self.pattern.gather(tensor) if self.packed else torch.where(self.mask, tensor, 0)
+        return self.layout.gather(tensor) if self.packed else torch.where(self.mask, tensor, 0)
 
     def dense_like(self, tensor: Tensor) -> Tensor:
         """A tensor of ``weight_parameter``'s shape to one of the dense weight's."""
-        return self.pattern.scatter(tensor) if self.packed else tensor
+        return self.layout.scatter(tensor) if self.packed else tensor
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.col.is_cuda
+
+    @property
+    def why_not_raced(self) -> str | None:
+        """Why format "packed" stays out of a race: a GPU without a kernel for it runs the dense layer and more."""
+        if self.on_gpu and not on_cuda(self.OP):
+            return f"no GPU kernel of {self.OP}" if CUDA_ERROR is None else f"no cuda backend: {CUDA_ERROR}"
+        return None
 
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Packed formats that may be faster than "packed" for an input of that shape."""
@@ -149,9 +176,18 @@ class MaskedModule(nn.Module):
         """Why the layer cannot take a packed format of its class; None when it can."""
         return self.why_dense
 
+    def race_note(self) -> str:
+        """What a plan should say of the mask beside the times; on a GPU also why it has no rival to dense."""
+        return ""
+
+    def random_mask(self, density: float) -> Tensor:
+        """Another mask of the kind that decides this layer's time: a second point of the line to the break-even."""
+        return torch.rand(self._shape, generator=torch.Generator().manual_seed(0)) < density
+
     @torch.no_grad()
     def set_format(self, format: str) -> None:
-        """Change how the layer runs. To or from "dense" the weight's Parameter is a new one; its gradient comes along.
+        """Change how the layer runs. To or from "dense" and "blocks" the weight's Parameter is a new one; its gradient
+        comes along.
 
         ValueError for an unknown format, or for a packed one where ``why_dense`` gives the reason against it.
         """
@@ -161,13 +197,14 @@ class MaskedModule(nn.Module):
             raise ValueError(f"this layer cannot be packed: {self.why_dense}")
         if format != "dense" and (reason := self.why_not(format)):
             raise ValueError(f"this layer cannot take format {format!r}: {reason}")
-        if (format == "dense") != self.packed:
+        if _stored(format) == _stored(self.format):
             self.format = format
             return
         old = self.weight_parameter
         weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
         self._parameters.pop("values" if self.packed else "weight")
         self.format = format
+        self._tiles = self._cut_tiles(self.pattern) if format == "blocks" else None
         if format == "dense":
             self._mask = self._laid_out(self.pattern.mask())
         else:
@@ -199,8 +236,10 @@ class MaskedModule(nn.Module):
         for tensor in (mask, carried):
             if tensor is not None:
                 _check_mask(tensor, self._shape, type(self).__name__)
-        old, new = self.pattern, Pattern.from_mask(mask.to(self.col.device))
-        fresh = ~(old.mask() & mask.to(self.col.device))
+        old, pattern = self.layout, Pattern.from_mask(mask.to(self.col.device))
+        tiles = None if self._tiles is None else TileMask.from_mask(pattern.mask(), self._tiles.tile)
+        new = pattern if tiles is None else tiles
+        fresh = ~(self.mask & mask.to(self.col.device))
         if carried is not None:
             fresh |= ~carried.to(fresh.device)
         packed = self.packed
@@ -220,13 +259,23 @@ class MaskedModule(nn.Module):
             parameter.grad = grad
             self._parameters["values"] = parameter
         if not packed:
-            self._mask.copy_(new.mask())
-        self._set_pattern(new)
+            self._mask.copy_(pattern.mask())
+        self._set_pattern(pattern)
+        self._tiles = tiles
         return parameter, convert
 
     def _set_pattern(self, pattern: Pattern) -> None:
         for field, tensor in zip(Pattern.FIELDS, pattern.tensors, strict=True):
             setattr(self, field, tensor)
+
+    def _cut_tiles(self, pattern: Pattern) -> TileMask:
+        """The layout of format "blocks", for a class that has it."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedModule:
+        super()._apply(fn, recurse)
+        self._tiles = self._tiles and self._tiles.to(self.col.device)
+        return self
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient that the weights of the dense layer would have, those under the mask and the absent ones alike,

@@ -33,6 +33,7 @@ class MaskedConv2d(MaskedModule):
     """
 
     FORMATS = ("packed", *LAYOUTS, "dense")
+    OP = "masked_conv2d"
 
     def __init__(self, module: nn.Conv2d, mask: Tensor) -> None:
         super().__init__(module, mask)

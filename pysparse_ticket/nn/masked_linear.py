@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.library import CPU_ERROR
+from ..ops.library import CPU_ERROR, why_missing
 from ..ops.masked_linear import linear_schedule, masked_linear
+from ..ops.masked_linear_tiles import masked_linear_tiles
 from ..ops.pattern import Pattern
 from ..ops.semi_structured import is_transposable
 from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_unfit, why_wrong
+from ..ops.tile_mask import RATES, TileMask
 from .masked import MaskedModule
 
 
 class MaskedLinear(MaskedModule):
     """Equal to ``F.linear(x, weight * mask, bias)``; x ``[..., in_features]`` to ``[..., out_features]``.
 
-    format "2:4"  as "packed", run by torch's semi-structured operators: a transposable 2:4 mask, float16 or bfloat16
+    format "2:4"     as "packed", run by torch's semi-structured operators: a transposable 2:4 mask, float16 or bfloat16
+    format "blocks"  the Parameter ``values`` ``[tiles, bn, bk]`` holds the tiles of the weight with a survivor, zeros
+                     where pruned; GPU kernels. ``tile`` is their size, None leaves it to the mask
     """
 
-    FORMATS = ("packed", "2:4", "dense")
+    FORMATS = ("packed", "2:4", "blocks", "dense")
+    OP = "masked_linear"
+    tile: tuple[int, int] | None = None
 
     def __init__(self, module: nn.Linear, mask: Tensor) -> None:
         super().__init__(module, mask)
@@ -50,6 +57,8 @@ class MaskedLinear(MaskedModule):
             return F.linear(x, self.masked_weight(), self.bias)
         if self.format == "2:4":
             return semi_structured_linear(x, self.values, self.bias, self.pattern, self._compressed)
+        if self.format == "blocks":
+            return masked_linear_tiles(x, self.values, self.bias, self.layout, clean=True)
         schedules = None if self.schedule is None else (self.schedule, self.t_schedule)
         return masked_linear(x, self.values, self.bias, self.pattern, schedules=schedules)
 
@@ -63,17 +72,6 @@ class MaskedLinear(MaskedModule):
             raise ValueError("a layer of format '2:4' takes only transposable 2:4 masks; set_format('packed') first")
         return super().set_mask(mask, carried)
 
-    def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """ "2:4" where it can run and its output and gradients for such an input are those of the masked layer."""
-        self.left_out.pop("2:4", None)
-        if not is_transposable(self.mask):
-            return ()
-        values = self.packed_values()
-        if reason := self.why_not("2:4") or why_wrong(values, self.bias, self.pattern, shape):
-            self.left_out["2:4"] = reason
-            return ()
-        return ("2:4",)
-
     def _set_pattern(self, pattern: Pattern) -> None:
         super()._set_pattern(pattern)
         if self.schedule is not None:
@@ -86,6 +84,48 @@ class MaskedLinear(MaskedModule):
         if self.schedule is not None and self.col.device != before and not self.col.is_meta:
             self.schedule, self.t_schedule = linear_schedule(self.pattern)
         return self
+
+    def _cut_tiles(self, pattern: Pattern) -> TileMask:
+        return TileMask.from_mask(pattern.mask(), self.tile)
+
+    def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Those of "2:4" and "blocks" that this mask fits, on a GPU."""
+        return (*self._two_of_four(shape), *self._blocks())
+
+    def _two_of_four(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """ "2:4" where its output and gradients for such an input are those of the masked layer."""
+        self.left_out.pop("2:4", None)
+        if not is_transposable(self.mask):
+            return ()
+        values = self.packed_values()
+        if reason := self.why_not("2:4") or why_wrong(values, self.bias, self.pattern, shape):
+            self.left_out["2:4"] = reason
+            return ()
+        return ("2:4",)
+
+    def _blocks(self) -> tuple[str, ...]:
+        """ "blocks" where the kernels run, unless too few tiles are empty for it to win by the arithmetic."""
+        if not self.on_gpu or why_missing("triton"):
+            return ()
+        tiles = self._cut_tiles(self.pattern)
+        return ("blocks",) if 1 - tiles.empty < min(0.95, 1.25 * RATES.get(tiles.tile, 1.0)) else ()
+
+    def race_note(self) -> str:
+        if not self.on_gpu:
+            return ""
+        if reason := why_missing("triton"):
+            return f"no triton backend: {reason}"
+        tiles = self._cut_tiles(self.pattern)
+        return f"{tiles.empty:.0%} of the {tiles.tile[0]} x {tiles.tile[1]} tiles are empty"
+
+    def random_mask(self, density: float) -> Tensor:
+        if not self.on_gpu:
+            return super().random_mask(density)
+        tiles = self._cut_tiles(self.pattern)
+        mask = torch.rand(tiles.grid, generator=torch.Generator().manual_seed(0)) < density
+        for dim, side in enumerate(tiles.tile):
+            mask = mask.repeat_interleave(side, dim)
+        return mask[: self.out_features, : self.in_features]
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         return grad.reshape(-1, self.out_features).T @ x.reshape(-1, self.in_features)

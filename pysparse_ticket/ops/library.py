@@ -6,13 +6,15 @@ still works, and asking for another one raises with that reason: nothing falls b
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 import torch
 
@@ -60,6 +62,7 @@ def cpu_isa(name: str = "?") -> str:
     return torch.ops.pysparse_ticket.cpu_isa(name)
 
 
+PACKAGE = __name__.partition(".")[0]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "triton": _ON_GPU, "cuda": _ON_GPU}
@@ -71,20 +74,42 @@ def why_missing(backend: str) -> str | None:
     """Why ``backend`` cannot run here; None when it can. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    if backend == "triton":
-        return triton_error()
-    return {"reference": None, "cpu": CPU_ERROR, "cuda": CUDA_ERROR}[backend]
+    return (
+        {
+            "cpu": CPU_ERROR,
+            "cuda": CUDA_ERROR,
+        }.get(backend)
+        if backend != "triton"
+        else _no_triton()
+    )
 
 
-def triton_error() -> str | None:
-    """Why the Triton kernels cannot run here, None when they can: compiled on a GPU, or interpreted on CPU tensors."""
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _no_triton() -> str | None:
     if CPU_ERROR:
-        return CPU_ERROR  # which has the ops' schemas
+        return CPU_ERROR  # the schemas are in the extension
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA GPU is visible; the kernels run under TRITON_INTERPRET=1 alone"
-    return None
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible; the kernels run on CPU tensors under TRITON_INTERPRET=1 alone"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"the GPU's compute capability is {major}.{minor}; the kernels need 8.0"
+
+
+def kernel_module(name: str) -> ModuleType:
+    """A module of ``kernels/``, imported when an op first needs it: importing triton takes a second."""
+    package = sys.modules[PACKAGE]
+    root = Path(package.__file__).parent.parent
+    inside = Path(package.__file__).parent / "kernels"
+    if not inside.is_dir() and (root / "kernels" / f"{name}.py").is_file() and str(root) not in package.__path__:
+        package.__path__.append(str(root))  # run from a source tree, where kernels/ lies beside the package
+    return importlib.import_module(f"{PACKAGE}.kernels.{name}")
 
 
 def _checked(backend: str) -> str:

@@ -1,0 +1,64 @@
+"""The Triton kernels, compiled for GPUs that need not be there: no spills, matrix instructions, pipelines."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+SHARED_MEMORY = {
+    90: (227, 228),
+    80: (163, 164),
+}  # KB: a program's, a multiprocessor's, of which each program takes one more
+
+
+@functools.cache
+def kernels(arch):
+    """{what: facts}; a process of its own, in which nothing is interpreted"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, str(Path(__file__).parent / "triton_ahead.py"), "--json", str(arch)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+def test_nothing_spills_and_programs_fit(arch):
+    program, multiprocessor = SHARED_MEMORY[arch]
+    for facts in kernels(arch):
+        assert facts["spilled"] == 0, facts
+        assert facts["shared"] <= program * 1024, facts
+        assert facts["resident"] * (facts["shared"] + 1024) <= multiprocessor * 1024, facts
+        registers = -(-facts["registers"] // 8) * 8 * 32 * facts["warps"]
+        assert facts["resident"] * registers <= 65536, facts
+
+
+def products(arch):
+    return [facts for facts in kernels(arch) if facts["kernel"].startswith(("matmul", "weight_grad"))]
+
+
+def test_hopper_multiplies_with_wgmma():
+    found = [facts for facts in products(90) if "ieee" not in facts["what"] and facts["wgmma"]]
+    strict = [facts for facts in products(90) if not facts["wgmma"]]
+    assert len(found) > 20 and all("fp32" in facts["what"] for facts in strict) and len(strict) == 2
+    for facts in found:
+        assert not facts["serialized"] and facts["mma"] == 0, facts
+        assert facts["in_flight"] >= 1, facts  # a product is waited for while the next one runs
+    assert any("fp32" in facts["what"] and facts["wgmma"] == ["m64n128k8"] for facts in found)
+
+
+def test_hopper_copies_by_descriptor_as_many_steps_ahead_as_asked_for():
+    described = [facts for facts in products(90) if facts["bulk_copies"] and facts["wgmma"]]
+    assert len(described) > 12
+    # a column index loaded in the step that needs it would leave two buffers and no distance
+    assert all(facts["buffers"] == facts["stages"] for facts in described), described
+
+
+def test_ampere_multiplies_with_mma_and_copies_ahead():
+    fast = [facts for facts in products(80) if "ieee" not in facts["what"] and facts["mma"]]
+    assert len(fast) > 8 and all(facts["async_copies"] for facts in fast)
