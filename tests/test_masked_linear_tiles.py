@@ -112,6 +112,47 @@ def test_shapes(gpu_or_interpreter, poison, described, shape, tile):
 
 
 @descriptors
+def test_tf32_where_torch_allows_it(gpu_or_interpreter, poison, described, monkeypatch):
+    monkeypatch.setattr("pysparse_ticket.ops.masked_linear_tiles._precision", lambda: "tf32")
+    inputs = case(gpu_or_interpreter, 70, (32, 32))
+    check(
+        run(*inputs, backend="triton"), expected(*inputs), torch.float32, 2.0**11
+    )  # factors of 10 bits, 2 ** -9 in sum
+
+
+def test_configurations_are_timed_once_and_remembered(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    tuning, configs = kernel_module("tile_tuning"), kernel_module("tile_configs")
+    slow, fast = configs.Config(64, 4, 2), configs.Config(128, 8, 3)
+    ran, timed, capturing = [], [], []
+
+    def bench(run, **_):
+        run()
+        timed.append(ran[-1])
+        return 1.0 if ran[-1] == fast else 2.0
+
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_stored", None)
+
+    def pick(tokens):
+        tuning.pick("a GPU", ("matmul", True, tokens), [slow, fast], ran.append)
+        return ran[-1]
+
+    capturing.append(True)
+    assert pick(1000) == slow and not timed  # the first one, and the choice stays open
+    capturing.clear()
+    assert pick(1000) == fast and timed == [slow, fast]
+    assert pick(1100) == fast and len(timed) == 2  # the same octave
+    assert pick(4000) == fast and len(timed) == 4
+    tuning._chosen.clear()
+    tuning._stored = None  # another process
+    assert pick(1000) == fast and len(timed) == 4
+
+
+@descriptors
 def test_tiles_of_a_row_in_groups(gpu_or_interpreter, poison, described):
     mask = torch.ones(64, 7 * 64, dtype=torch.bool)  # 7 = 4 + 3
     mask[3, 5] = False
@@ -148,6 +189,8 @@ def test_the_weight_gradient_is_split_over_tokens(gpu_or_interpreter, poison, ti
         return splits[-1]
 
     monkeypatch.setattr(launch, "_split", watched)
+    many = launch.Device(64, launch.device_of(torch.device(gpu_or_interpreter)).descriptors, "interpreter")
+    monkeypatch.setattr(launch, "device_of", lambda device: many)
     inputs = case(gpu_or_interpreter, 64 * 34 + 5, tile, 0.3, torch.bfloat16, tile)
     once = run(*inputs, backend="triton")
     check(once, expected(*inputs), torch.bfloat16)

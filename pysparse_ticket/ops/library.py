@@ -6,6 +6,7 @@ still works, and asking for another one raises with that reason: nothing falls b
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -74,14 +75,9 @@ def why_missing(backend: str) -> str | None:
     """Why ``backend`` cannot run here; None when it can. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    return (
-        {
-            "cpu": CPU_ERROR,
-            "cuda": CUDA_ERROR,
-        }.get(backend)
-        if backend != "triton"
-        else _no_triton()
-    )
+    if backend == "triton":
+        return _no_triton()
+    return {"cpu": CPU_ERROR, "cuda": CUDA_ERROR}.get(backend)
 
 
 def interpreted() -> bool:
@@ -89,10 +85,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def _no_triton() -> str | None:
     if CPU_ERROR:
         return CPU_ERROR  # the schemas are in the extension
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed"
     if interpreted():
         return None
@@ -140,9 +141,9 @@ def choose_backend(
 
     own  {device type: backend} of the op's kernels. One that cannot run here warns once; asked for by name it raises.
     """
-    name = backend or _forced
+    name, tracing = backend or _forced, torch.compiler.is_compiling()
     if name:
-        name = _checked(name)
+        name = name if tracing else _checked(name)
         if name not in ("reference", *own.values()):
             raise RuntimeError(f"{op} has no {name} backend, only reference, {', '.join(own.values())}")
         if name in ("cpu", "cuda") and tensor.device.type != name:
@@ -151,10 +152,10 @@ def choose_backend(
         name = own.get(tensor.device.type, "reference")
         if name != "reference" and tensor.dtype not in DTYPES[name]:
             name = "reference"
-        elif reason := why_missing(name):
+        elif reason := None if tracing and name == "triton" else why_missing(name):
             warnings.warn(f"{op} runs on the reference backend: {reason}", RuntimeWarning, stacklevel=3)
             name = "reference"
-    if not torch.compiler.is_compiling():
+    if not tracing:
         _ran[op] = name
     return name
 
