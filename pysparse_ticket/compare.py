@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from . import data as datasets
 from . import models
 from .data import ImageData
 from .files import write_whole
-from .measure import Meter, interleave, macs, parameters, peak_bytes
+from .measure import Meter, interleave, macs, parameters
 from .nn import sparsify
 from .nn.choose import FORMATS
 from .planner import plan, step
 from .report import cells, machine, machine_line, markdown_table, plot_arms
 from .search import at_init, filter_twin
+from .steps import channels_last, dense_rivals, peak_bytes_of
 from .ticket import Ticket, clone_state
 from .train import Progress, TrainConfig, train
 from .train_config import steps_per_epoch
@@ -66,8 +66,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
-        if self.train.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {self.train.device!r} was asked for, but torch sees no GPU; use --device cpu")
+        check_device(self.train.device)
+
+
+def check_device(device: str) -> None:
+    """ValueError for a GPU that torch does not see."""
+    wanted = torch.device(device)
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
 
 
 Search = Callable[[nn.Module, tuple[Tensor, Tensor], int], Ticket | None]
@@ -173,16 +181,8 @@ def remembered(path: Path, make: Callable[[], dict]) -> dict:
 def dense_step_seconds(settings: Settings, data: ImageData) -> dict[str, float]:
     """Race one training step of the dense network in each memory format (and compiled, if asked for)."""
     x, _ = first_batch(settings, data)
-    model = build(settings, data, seed=0).train()
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    candidates = {
-        "contiguous": step(model, x),
-        "channels_last": step(last, x.contiguous(memory_format=torch.channels_last)),
-    }
-    if settings.race_compile:
-        # inductor's own compile workers go on starting up while the first arm trains and take its cores
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        candidates["compile"] = step(torch.compile(last), x.contiguous(memory_format=torch.channels_last))
+    rivals = dense_rivals(build(settings, data, seed=0).train(), x, settings.race_compile)
+    candidates = {name: step(model, batch) for name, (model, batch) in rivals.items()}
     return {name: t.median for name, t in interleave(candidates, repeats=5, warmup=2, device=x.device).items()}
 
 
@@ -195,9 +195,14 @@ def load_data(settings: Settings) -> ImageData:
 
 def build(settings: Settings, data: ImageData, seed: int) -> nn.Module:
     """The arm's network at its initialisation: the same for every arm of a seed."""
+    return fresh(settings.model, data.classes, data.shape, seed, settings.train.device)
+
+
+def fresh(name: str, classes: int, shape: Sequence[int], seed: int, device: str) -> nn.Module:
+    """The named network for images of that shape (C, H, W), drawn from the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return models.build(settings.model, data.classes, data.shape).to(settings.train.device)
+        return models.build(name, classes, shape).to(device)
 
 
 def first_batch(settings: Settings, data: ImageData, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -213,7 +218,7 @@ def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, 
     model, batch = build(settings, data, seed), first_batch(settings, data, seed)
     last = dense_format != "contiguous"
     config = replace(settings.train, seed=seed, channels_last=last)
-    x = batch[0].contiguous(memory_format=torch.channels_last) if last else batch[0]
+    x = channels_last(batch[0]) if last else batch[0]
     stem = f"{name.replace(' ', '-').replace('%', '')}-seed{seed}"
     ticket_path, checkpoint = folder / f"{stem}.ticket.safetensors", folder / f"{stem}.checkpoint"
 
@@ -261,19 +266,6 @@ def compiled(model: nn.Module, x: Tensor, y: Tensor, samples: int) -> nn.Module:
     model.zero_grad(set_to_none=True)
     model.load_state_dict(state)
     return runner
-
-
-def peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> int:
-    """Peak memory of one training step on a copy of the model."""
-    twin = copy.deepcopy(model).train()
-    optimizer = torch.optim.SGD(twin.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-
-    def one_step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(twin(x), y).backward()
-        optimizer.step()
-
-    return peak_bytes(one_step, twin, optimizer, config.device)
 
 
 def summarise(name: str, runs: list[dict], dense: list[dict], settings: Settings) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -32,15 +32,25 @@ COLUMNS = {
     "g CO2": lambda a: NOT_MEASURED if a["gco2"] is None else f"{a['gco2']:.3g}",
 }
 
+STEP_COLUMNS = {
+    "arm": COLUMNS["arm"],
+    "sparsity": lambda a: f"{a['sparsity']:.1%}",
+    "step ms": lambda a: f"{1e3 * a['step_seconds']:.3g} ± {500 * (a['p80'] - a['p20']):.2g}",
+    **{name: COLUMNS[name] for name in ("speed-up", "MACs", "params", "memory")},
+    "joules": lambda a: NOT_MEASURED if a["joules"] is None else f"{a['joules']:.3g}",
+}  # of `pysparse-ticket bench`: the median, and half of what lies between the 20th and the 80th percentile
 
-def cells(arms: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
+Columns = Mapping[str, Callable[[Mapping], str]]
+
+
+def cells(arms: Sequence[Mapping], columns: Columns = COLUMNS) -> tuple[list[str], list[list[str]]]:
     """Header and rows; the CO2 column is there only when an intensity was given."""
-    columns = {n: f for n, f in COLUMNS.items() if n != "g CO2" or any(a.get("intensity") for a in arms)}
+    columns = {n: f for n, f in columns.items() if n != "g CO2" or any(a.get("intensity") for a in arms)}
     return list(columns), [[render(arm) for render in columns.values()] for arm in arms]
 
 
-def rich_table(arms: Sequence[Mapping], title: str) -> Table:
-    header, rows = cells(arms)
+def rich_table(arms: Sequence[Mapping], title: str, columns: Columns = COLUMNS) -> Table:
+    header, rows = cells(arms, columns)
     # the eight columns fit in 80 characters as long as "not measured" folds
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
     for name in header:
