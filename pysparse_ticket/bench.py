@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .compare import check_device, fresh, recipe
 from .granularity import parse
-from .measure import Meter, Timing, interleave, macs, parameters
+from .measure import Meter, Timing, interleave, macs, parameters, peak_bytes
 from .measure.clock import SHORTEST_WINDOW
 from .nn import sparsify
 from .nn.choose import FORMATS
@@ -20,7 +20,7 @@ from .planner import Plan, plan
 from .report import machine, machine_line
 from .same_function import check, masked_dense
 from .search import at_init
-from .steps import channels_last, dense_rivals, peak_bytes_of, training_step
+from .steps import channels_last, dense_rivals, training_step
 from .train import TrainConfig
 
 WARMUP = 3  # the first calls compile and tune kernels and make the optimizer's state
@@ -35,6 +35,7 @@ class BenchSettings:
     sparsity: tuple[float, ...] = ()
     remove: tuple[int, ...] = ()
     score: str = "random"
+    scope: str | None = None
     size: int = 32
     channels: int = 3
     classes: int = 10
@@ -47,6 +48,10 @@ class BenchSettings:
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, not {self.repeats}")
         check_device(self.train.device)
+
+    def scope_of_pieces(self) -> str:
+        """As given; else "erk" for tiles, of which a small layer has too few to lose the others' share."""
+        return self.scope or ("erk" if parse(self.granularity)[0] == "block" else "global")
 
     def budgets(self) -> dict[str, dict]:
         """{arm's name: what at_init takes}."""
@@ -67,6 +72,7 @@ class _Arm:
     x: Tensor
     facts: dict
     step: Callable[[], None] | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 def bench(
@@ -85,8 +91,11 @@ def bench(
     generator = torch.Generator().manual_seed(settings.seed)
     x = torch.randn(config.batch_size, *shape, generator=generator).to(config.device)
     y = torch.randint(settings.classes, (config.batch_size,), generator=generator).to(config.device)
-    how = {"score": settings.score, "granularity": settings.granularity, "seed": settings.seed}
-    tickets = {name: at_init(network, (x, y), rewind=False, **how, **budget) for name, budget in budgets.items()}
+    how = {"score": settings.score, "granularity": settings.granularity, "scope": settings.scope_of_pieces()}
+    tickets = {
+        name: at_init(network, (x, y), seed=settings.seed, rewind=False, **how, **budget)
+        for name, budget in budgets.items()
+    }
 
     on_progress("racing the dense formats", 0, stages)
     rivals = dense_rivals(copy.deepcopy(network), x, settings.race_compile)
@@ -111,21 +120,20 @@ def bench(
             arms[f"{name} compile"] = _Arm(model, torch.compile(twin), x, facts)
     on_progress("timing", stages - 1, stages)
     for arm in arms.values():
-        arm.step = training_step(arm.runner, arm.x, y, config)[0]
+        arm.step, arm.optimizer = training_step(arm.runner, arm.x, y, config)
         if arm.runner is not arm.model:
             _compile(arm.step)
     calls = {name: arm.step for name, arm in arms.items()}
     times = interleave(calls, settings.repeats, WARMUP, device=x.device)
-    best = min((name for name in arms if name not in tickets), key=lambda name: times[name].median)
-    rows = [_row(name, arm, times[name], times[best], y, config) for name, arm in arms.items()]
+    best = min((f"dense {name}" for name in rivals), key=lambda name: times[name].median)
+    rows = [_row(name, arm, times[name], times[best]) for name, arm in arms.items()]
     on_progress("done", stages, stages)
     report = {"machine": machine_line(), "facts": machine(), "settings": asdict(settings)}
     return report | {"fastest_dense": best, "arms": rows}, plans
 
 
-def _row(name: str, arm: _Arm, time: Timing, dense: Timing, y: Tensor, config: TrainConfig) -> dict:
-    joules, method = joules_per_step(arm.step, time.median, config.device)
-    compiled = arm.runner is not arm.model  # its memory would take another compilation to measure
+def _row(name: str, arm: _Arm, time: Timing, dense: Timing) -> dict:
+    joules, method = joules_per_step(arm.step, time.median, arm.x.device)
     return {
         "name": name,
         "sparsity": arm.facts["sparsity"],
@@ -135,7 +143,7 @@ def _row(name: str, arm: _Arm, time: Timing, dense: Timing, y: Tensor, config: T
         "speedup": dense.median / time.median,
         "macs": macs(copy.deepcopy(arm.model), arm.x[:1]),
         "parameters": parameters(arm.model),
-        "peak_bytes": None if compiled else peak_bytes_of(arm.model, arm.x, y, config),
+        "peak_bytes": peak_bytes(arm.step, arm.runner, arm.optimizer, arm.x.device),
         "joules": joules,
         "energy_method": method,
         "error": arm.facts["error"],
@@ -143,7 +151,7 @@ def _row(name: str, arm: _Arm, time: Timing, dense: Timing, y: Tensor, config: T
     }
 
 
-def joules_per_step(step: Callable[[], None], seconds: float, device: str) -> tuple[float | None, str]:
+def joules_per_step(step: Callable[[], None], seconds: float, device: torch.device) -> tuple[float | None, str]:
     """Over as many steps as the counter needs to be read to 2%; None, and why, where there is none."""
     with Meter(device) as probe:
         pass

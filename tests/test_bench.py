@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import pysparse_ticket as pst
 from pysparse_ticket import bench, same_function
 from pysparse_ticket.cli import app
+from pysparse_ticket.measure.clock import summarised
 from pysparse_ticket.models import build
 from pysparse_ticket.nn.filter_sparse_conv2d import FilterSparseConv2d
 from pysparse_ticket.nn.masked import MaskedModule
@@ -54,7 +55,7 @@ def test_table_and_json(tmp_path):
     [
         ((*RESNET, "--granularity", "layer", "--remove", 1), "layer -1", 0.01),
         ((*RESNET, "--granularity", "filter", "--remove", 16), "filter -16", 0.01),
-        ((*MLP, "--granularity", "block:4x4"), "block:4x4 80%", 0.79),
+        ((*MLP, "--granularity", "block:16x16"), "block:16x16 90%", 0.89),
         ((*MLP, "--granularity", "2:4"), "2:4", 0.49),
     ],
     ids=["layer", "filter", "block", "n:m"],
@@ -76,9 +77,17 @@ def test_threads_are_those_asked_for_and_come_back(tmp_path):
 def test_compile_competes_and_compiles_plain_tickets(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model))
+
+    def later_is_faster(arms, *_, **__):
+        return {name: summarised([1 / (1 + i)]) for i, name in enumerate(arms)}
+
+    monkeypatch.setattr(bench, "interleave", later_is_faster)
     run(*RESNET, "--granularity", "layer", "--remove", 1, "--compile", "--json", tmp_path / "f")
-    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "f").read_text())["arms"]}
-    assert len(compiled) == 2 and arms["dense compile"]["peak_bytes"] is None
+    report = json.loads((tmp_path / "f").read_text())
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    assert report["fastest_dense"] == "dense compile"  # the third of five arms; no ticket counts as dense
+    assert [arm["speedup"] for arm in arms.values()] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3])
+    assert len(compiled) == 2 and arms["dense compile"]["peak_bytes"] > 0
     assert arms["layer -1 compile"]["macs"] == arms["layer -1"]["macs"] < arms["dense compile"]["macs"]
 
 
@@ -165,6 +174,7 @@ def test_filters_of_the_reference_are_zero():
         (("--remove", 3), "takes sparsity="),
         (("--granularity", "filter", "--sparsity", 0.5), "takes remove="),
         (("--score", "taste"), "unknown score 'taste'"),
+        (("--scope", "world"), "unknown scope 'world'"),
         (("--batch-size", 0), "batch_size must be"),
         (("--classes", 0), "num_classes is at least 1"),
         (("--repeats", 0), "repeats must be at least 1"),

@@ -26,6 +26,9 @@ def bench(
     ] = None,
     remove: Annotated[list[int] | None, typer.Option(help="filters or layers to remove, repeatable")] = None,
     score: Annotated[str, typer.Option(help="what the ticket is drawn by: random, magnitude, snip, ...")] = "random",
+    scope: Annotated[
+        str | None, typer.Option(help="where pieces compete: global, layer or erk [tiles: erk, else global]")
+    ] = None,
     batch_size: int = 128,
     size: Annotated[int, typer.Option(help="pixels of an image's side")] = 32,
     channels: Annotated[int, typer.Option(help="of an image")] = 3,
@@ -53,6 +56,7 @@ def bench(
                 sparsity=tuple(sparsity or ()),
                 remove=tuple(remove or ()),
                 score=score,
+                scope=scope,
                 size=size,
                 channels=channels,
                 classes=classes,
