@@ -177,11 +177,13 @@ class PlanCache:
     def __init__(self) -> None:
         folder = os.environ.get("PYSPARSE_TICKET_CACHE") or Path.home() / ".cache" / "pysparse_ticket"
         self.path = Path(folder) / "plans.json"
+        self.known = self._stored()
+
+    def _stored(self) -> dict[str, dict[str, float]]:
         try:
-            self.known = json.loads(self.path.read_text())
+            return json.loads(self.path.read_text())
         except (OSError, json.JSONDecodeError):
-            self.known = {}
-        self.changed = False
+            return {}
 
     @staticmethod
     def key(what: str, module: nn.Module, *facts: object) -> str:
@@ -198,16 +200,14 @@ class PlanCache:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get_or_race(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """A new outcome is kept at once, beside what other processes kept meanwhile: a killed call loses one race. A
+        folder that cannot be written costs the next call the races, nothing else."""
         if key not in self.known:
-            self.known[key] = measure()
-            self.changed = True
-        return self.known[key]
-
-    def save(self) -> None:
-        """Keep the outcomes; a folder that cannot be written costs the next call a race, nothing else."""
-        if self.changed:
+            outcome = measure()
+            self.known = self._stored() | self.known | {key: outcome}
             with contextlib.suppress(OSError):
                 write_whole(self.path, json.dumps(self.known).encode())
+        return self.known[key]
 
 
 def cpu_model() -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 import pysparse_ticket as pst
 from pysparse_ticket.measure import macs
+from pysparse_ticket.planner import PlanCache
 
 
 def ticket_of(model, granularity, **options):
@@ -220,6 +221,20 @@ def test_plan_races_the_formats_and_is_remembered(tmp_path, monkeypatch, device)
         monkeypatch.setattr(f"pysparse_ticket.nn.choose.{name}", lambda *_: pytest.fail("raced again"))
     again = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
     assert [r["dense_us"] for r in pst.plan(again).rows()] == [r["dense_us"] for r in rows]
+
+
+def test_a_race_is_kept_at_once_beside_those_of_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
+    one, other = PlanCache(), PlanCache()
+    one.get_or_race("a", lambda: {"dense": 1.0})
+    other.get_or_race("b", lambda: {"dense": 2.0})
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.get_or_race("c", stopped)
+    assert PlanCache().known == {"a": {"dense": 1.0}, "b": {"dense": 2.0}}
 
 
 def raced(**fast):

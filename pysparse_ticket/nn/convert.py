@@ -102,7 +102,6 @@ def sparsify(
         # on the CPU there is one way besides the chain of tiles, and the race of whole steps decides
         choose_filters(model, x if auto and x.is_cuda else None, sites, forced, swaps, result, cache)
     choose_model(dense, model, x, forced, swaps, result, cache)
-    cache.save()
     swaps.carry(optimizer)  # last, since a change of format makes new parameters
     model._pysparse_plan = result
     return model
