@@ -302,6 +302,7 @@ def test_block_matmul(toy):
     arms = {row.arm for row in found.rows}
     # each has rows: with figures where this version runs it on a CPU, else with the reason
     assert {"block 16", "torch BSR 16", block_matmul.FULL_TILES, "2:4", "torch 2:4"} <= arms
+    assert {f"{block_matmul.UNEVEN}, {fmt}" for fmt in ("blocks", "reordered")} <= arms
     assert all(row.ours or row.note.startswith("not there: ") for row in found.rows)
     assert "wrong" not in "".join(row.note for row in found.rows)
 

@@ -354,7 +354,7 @@ def test_the_plan_on_a_gpu_says_which_and_why(monkeypatch, tmp_path, columns, bl
     from pysparse_ticket.nn import choose
 
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
-    monkeypatch.setattr(MaskedLinear, "_on_gpu", True)
+    monkeypatch.setattr(MaskedLinear, "on_gpu", True)
     monkeypatch.setattr("pysparse_ticket.nn.masked_linear.why_missing", lambda backend: None)
     times = dict.fromkeys(("packed", "other packed"), 9.0) | {"plain": 2.0, "dense": 2.0, "other blocks": 3.0}
     monkeypatch.setattr(choose, "race", lambda *_: times | {"blocks": blocks_take})

@@ -48,7 +48,7 @@ def test_layouts_of_a_convolution_are_formats(fmt):
     torch.save(copy.deepcopy(masked).state_dict(), buffer)
     buffer.seek(0)
     dense.load_state_dict(torch.load(buffer, weights_only=True))
-    with pytest.raises(ValueError, match=f"unknown format '{fmt}'; known: packed, 2:4, blocks, dense"):
+    with pytest.raises(ValueError, match=f"unknown format '{fmt}'; known: packed, 2:4, blocks, reordered, dense"):
         make(LAYERS["linear"], fmt)
 
 

@@ -20,6 +20,7 @@ SPARSITIES = (0.9, 0.75, 0.95, 0.5)  # the middle of the table first
 SHAPES = ((4096, 4096, 8192, 64), (4096, 4096, 8192, 128), (4096, 1024, 32768, 64), (4096, 4096, 8192, 32))
 TINY = ((64, 64, 48, 16), (96, 32, 40, 16))
 FULL_TILES = "mask in the kernel, no empty tile"
+UNEVEN = "uneven rows and columns"  # of a magnitude mask, as a ticket may have
 
 
 def name_of(outputs: int, inputs: int, tokens: int) -> str:
@@ -31,6 +32,16 @@ def block_mask(outputs: int, inputs: int, side: int, sparsity: float, device: to
     grid = (-(-outputs // side), -(-inputs // side))
     kept = torch.rand(grid, device=device).flatten().argsort() >= round(sparsity * grid[0] * grid[1])
     return expand_blocks(kept.view(grid), (outputs, inputs), side, side)
+
+
+def uneven_mask(outputs: int, inputs: int, sparsity: float, device: torch.device) -> Tensor:
+    """The largest of gaussian weights whose rows and columns have log-normal scales of sigma 0.5."""
+    size = torch.randn(outputs, inputs, device=device).abs()
+    for count, dim in ((outputs, 1), (inputs, 0)):
+        size *= torch.exp(0.5 * torch.randn(count, device=device)).unsqueeze(dim)
+    kept = torch.zeros(size.numel(), dtype=torch.bool, device=device)
+    kept[size.flatten().argsort()[round(sparsity * size.numel()) :]] = True
+    return kept.view_as(size)
 
 
 def transposable_mask(outputs: int, inputs: int, device: torch.device) -> Tensor:
@@ -53,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         if wanted("others", chosen):
             whole_tiles(recorder, outputs, inputs, tokens)
             two_of_four(recorder, outputs, inputs, tokens)
+            reordered(recorder, outputs, inputs, tokens)
     return recorder
 
 
@@ -95,6 +107,21 @@ def two_of_four(recorder: Recorder, outputs: int, inputs: int, tokens: int) -> N
         attempt(recorder, shape, "torch 2:4", 0.5, problem.semi_structured),
     ]
     race(recorder, shape, 0.5, problem.dense(False), [arm for arm in arms if arm])
+
+
+def reordered(recorder: Recorder, outputs: int, inputs: int, tokens: int) -> None:
+    """The tiles of an unstructured mask as it is, and in the order that empties most of them."""
+    chosen, shape, sparsity = recorder.options, name_of(outputs, inputs, tokens), 0.95
+    if recorder.late(UNEVEN):
+        return
+    mask = uneven_mask(outputs, inputs, sparsity, chosen.device)
+    problem = Problem(outputs, inputs, tokens, mask, BF16, chosen.device)
+    arms = [
+        attempt(recorder, shape, name, sparsity, lambda name=name, fmt=fmt: problem.ours(name, fmt))
+        for fmt in ("blocks", "reordered")
+        for name in (f"{UNEVEN}, {fmt}",)
+    ]
+    race(recorder, shape, sparsity, problem.dense(False), [arm for arm in arms if arm])
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def choose_layer(
         arms = {"plain": module, "dense": _in_format(masked, "dense")}
         for one in packed:
             arms[one] = _in_format(masked, one)
-            if not other.why_not(one):
+            if one != "reordered" and not other.why_not(one):  # no random mask is uneven as this one is
                 arms[f"other {one}"] = _in_format(other, one)
         return race(arms, site, module.weight.device)
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..ops.library import CUDA_ERROR, on_cuda
 from ..ops.mask_gradient import mask_gradient
 from ..ops.pattern import Pattern
+from ..ops.reordered_tiles import ReorderedTiles
 from ..ops.tile_mask import TileMask
 
 FORMATS = ("packed", "dense")
+TILED = ("blocks", "reordered")  # formats whose values are tiles
 
 
 def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Te
 
 def _stored(format: str) -> str:
     """What of the formats that store the weight alike a format is."""
-    return format if format in ("dense", "blocks") else "packed"
+    return format if format in ("dense", *TILED) else "packed"
 
 
 def _check_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], name: str) -> None:
@@ -41,8 +43,8 @@ class MaskedModule(nn.Module):
     format "packed"  the Parameter ``values`` ``[nnz]`` holds the surviving weights in the order of ``weight[mask]``
     format "dense"   the Parameter ``weight`` has the dense shape and zeros where pruned; its gradient is masked
 
-    A class may have further formats (``FORMATS``), which are packed too and differ in the kernel, and "blocks" also in
-    ``values``: ``layout`` says where each of them sits in the dense weight.
+    A class may have further formats (``FORMATS``), which are packed too and differ in the kernel, and "blocks" and
+    "reordered" also in ``values``: ``layout`` says where each of them sits in the dense weight.
 
     ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
     keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can; ``left_out`` why
@@ -60,7 +62,7 @@ class MaskedModule(nn.Module):
         self.left_out: dict[str, str] = {}
         self.format = "dense"
         self._shape = tuple(mask.shape)
-        self._tiles: TileMask | None = None  # format "blocks" alone
+        self._tiles: TileMask | ReorderedTiles | None = None  # formats "blocks" and "reordered" alone
         mask = mask.to(weight.device)
         for field, tensor in zip(Pattern.FIELDS, Pattern.from_mask(mask).tensors, strict=True):
             self.register_buffer(field, tensor, persistent=False)
@@ -79,7 +81,7 @@ class MaskedModule(nn.Module):
         return Pattern(self._shape, self.row_ptr, self.col, self.t_row_ptr, self.t_col, self.t_perm)
 
     @property
-    def layout(self) -> Pattern | TileMask:
+    def layout(self) -> Pattern | TileMask | ReorderedTiles:
         """Where the surviving weights lie in the Parameter ``values``; a Pattern in format "dense" too."""
         return self.pattern if self._tiles is None else self._tiles
 
@@ -186,8 +188,8 @@ class MaskedModule(nn.Module):
 
     @torch.no_grad()
     def set_format(self, format: str) -> None:
-        """Change how the layer runs. To or from "dense" and "blocks" the weight's Parameter is a new one; its gradient
-        comes along.
+        """Change how the layer runs. To or from "dense", "blocks" and "reordered" the weight's Parameter is a new one;
+        its gradient comes along.
 
         ValueError for an unknown format, or for a packed one where ``why_dense`` gives the reason against it.
         """
@@ -204,7 +206,7 @@ class MaskedModule(nn.Module):
         weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
         self._parameters.pop("values" if self.packed else "weight")
         self.format = format
-        self._tiles = self._cut_tiles(self.pattern) if format == "blocks" else None
+        self._tiles = self._tiles_of(format)
         if format == "dense":
             self._mask = self._laid_out(self.pattern.mask())
         else:
@@ -237,7 +239,7 @@ class MaskedModule(nn.Module):
             if tensor is not None:
                 _check_mask(tensor, self._shape, type(self).__name__)
         old, pattern = self.layout, Pattern.from_mask(mask.to(self.col.device))
-        tiles = None if self._tiles is None else TileMask.from_mask(pattern.mask(), self._tiles.tile)
+        tiles = None if self._tiles is None else self._tiles.cut(pattern.mask())
         new = pattern if tiles is None else tiles
         fresh = ~(self.mask & mask.to(self.col.device))
         if carried is not None:
@@ -268,9 +270,9 @@ class MaskedModule(nn.Module):
         for field, tensor in zip(Pattern.FIELDS, pattern.tensors, strict=True):
             setattr(self, field, tensor)
 
-    def _cut_tiles(self, pattern: Pattern) -> TileMask:
-        """The layout of format "blocks", for a class that has it."""
-        raise NotImplementedError
+    def _tiles_of(self, format: str) -> TileMask | ReorderedTiles | None:
+        """The layout of a format whose values are tiles; None for the others."""
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedModule:
         super()._apply(fn, recurse)

@@ -78,6 +78,10 @@ class TileMask:
             items=_items(lengths[order], order, group(bk)),
         )
 
+    def cut(self, mask: Tensor) -> TileMask:
+        """The tiles of another mask, of the same size."""
+        return TileMask.from_mask(mask, self.tile)
+
     @property
     def tiles(self) -> int:
         return self.row.numel()
