@@ -365,7 +365,7 @@ def test_the_plan_on_a_gpu_says_which_and_why(monkeypatch, tmp_path, columns, bl
         mask[:, columns:] = False
     ticket = pst.Ticket(masks={"0.weight": mask})
     row = pst.plan(pst.sparsify(net, ticket, sample=x)).layers[0]
-    assert (row.format, row.why) == (fmt, why)
+    assert row.format == fmt and row.why.endswith(why)  # without a kernel for packed layers it says that first
 
 
 def test_masks_are_cut_and_put_together():
