@@ -173,12 +173,14 @@ def test_a_round_of_several_levels_keeps_what_single_ones_keep():
     ],
 )
 def test_mappings_of_resnets(source, target, order, text):
+    torch.manual_seed(0)  # among so few weights another draw may leave a layer none
     model = CifarResNet(source, width=1)
     ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.5)
     assert pst.elastic(ticket, model, CifarResNet(target, width=1), order).provenance["mapping"] == text
 
 
 def test_mapping_of_an_imagenet_resnet_has_a_part_a_stage():
+    torch.manual_seed(0)
     model, target = ImageNetResNet(18, 5, width=1), ImageNetResNet(26, 5, width=1)
     ticket = pst.at_init(model, score="magnitude", granularity="weight", sparsity=0.5)
     text = "0:0;1:1|0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2"

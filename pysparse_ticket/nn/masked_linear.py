@@ -12,7 +12,13 @@ from ..ops.masked_linear_tiles import masked_linear_tiles
 from ..ops.pattern import Pattern
 from ..ops.reordered_tiles import ReorderedTiles, reordered_linear_tiles
 from ..ops.semi_structured import is_transposable
-from ..ops.semi_structured_linear import CompressedWeight, semi_structured_linear, why_unfit, why_wrong
+from ..ops.semi_structured_linear import (
+    CompressedWeight,
+    keep_out_of_graphs,
+    semi_structured_linear,
+    why_unfit,
+    why_wrong,
+)
 from ..ops.tile_mask import RATES, TileMask
 from ..ops.tile_order import LEAST_GAIN
 from .masked import MaskedModule
@@ -75,6 +81,11 @@ class MaskedLinear(MaskedModule):
         if format == "reordered" and self.reordered().order.identity:
             return f"no order of its rows and columns empties {LEAST_GAIN:.0%} of the tiles that hold a weight"
         return super().why_not(format)
+
+    def set_format(self, format: str) -> None:
+        super().set_format(format)
+        if format == "2:4":
+            keep_out_of_graphs()
 
     def set_mask(self, mask: Tensor, carried: Tensor | None = None) -> tuple:
         if self.format == "2:4" and not is_transposable(mask):

@@ -92,7 +92,16 @@ class _Linear(torch.autograd.Function):
         return dx, dvalues, dbias, None, None
 
 
-@torch.compiler.disable  # whether the values changed is known when it runs, not when it is traced
+_outside_of_graphs = None
+
+
+def keep_out_of_graphs() -> None:
+    """Whether the values changed is known when the product runs, not when it is traced: torch.compile leaves its graph
+    for it. Called before a layer runs, since torch's compiler takes a second to import and brings triton along."""
+    global _outside_of_graphs
+    _outside_of_graphs = _outside_of_graphs or torch.compiler.disable(_product)
+
+
 def semi_structured_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, held: CompressedWeight
 ) -> Tensor:
@@ -103,6 +112,12 @@ def semi_structured_linear(
     values is a dense product, of which the surviving weights' entries are taken. No second derivative, and nothing
     waits for the device. RuntimeError where torch's operators cannot run, ValueError for an x that does not fit.
     """
+    if _outside_of_graphs is None:
+        keep_out_of_graphs()
+    return _outside_of_graphs(x, values, bias, pattern, held)
+
+
+def _product(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, held: CompressedWeight) -> Tensor:
     if not x.dim() or x.shape[-1] != pattern.shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {pattern.shape[1]} input features")
     dtype = compute_dtype(values)
