@@ -45,7 +45,7 @@ WEIGHT_GRAD = {
 WEIGHT_GRAD_POINTERS = {
     128: [Config(32, 8, 3)],
     64: [Config(32, 8, 3)],
-    32: [Config(64, 4, 3, 1, 2), Config(64, 8, 4)],
+    32: [Config(32, 4, 4, 1, 2), Config(64, 8, 4)],
     16: [Config(64, 4, 4, 1, 2), Config(64, 4, 3)],
 }
 WEIGHT_GRAD_FLOAT = {128: [Config(32, 8, 3)]} | {side: [Config(32, 4, 3)] for side in (64, 32, 16)}

@@ -12,7 +12,7 @@ from .tile_mask import RATES, TileMask
 from .tile_order import TileOrder, filled_tiles, tile_order
 
 # Orders are searched for at these sizes; what one leaves may then be cut otherwise. Of log-normal masks those for 128
-# leave 10 to 20% less time by RATES than those for 64, of shuffled blocks those for the blocks' own size 15 to 40%.
+# leave 4 to 15% less time by RATES than those for 64, of shuffled blocks those for the blocks' own size 15 to 40%.
 SEARCHED = ((128, 128), (64, 64))
 
 
