@@ -142,3 +142,115 @@ def test_svhn(tmp_path):
 def test_a_set_without_its_folder_says_what_it_needs(name):
     with pytest.raises(ValueError, match=f"{name} needs root=, the folder"):
         data.load(name)
+
+
+@pytest.fixture
+def shifted(tmp_path):
+    """Two corruptions of 2 images at 5 severities, and a new test set of 3 images."""
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for name in ("fog", "snow"):
+        np.save(folder / f"{name}.npy", draws.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.array([3, 9] * 5, np.uint8))
+    pixels = draws.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    names = np.array([{"plane"}], dtype=object)  # the published file holds objects too, which nothing here opens
+    np.savez(tmp_path / "cifar102_test.npz", images=pixels, labels=np.array([4, 0, 9]), label_names=names)
+    return folder
+
+
+@pytest.mark.parametrize("parent", [True, False], ids=["parent", "itself"])
+def test_cifar10_c(shifted, parent):
+    found = data.cifar10_c(shifted.parent if parent else shifted, ("snow", "fog"))
+    assert [corrupted.name for corrupted in found] == ["snow", "fog"]
+    assert all(isinstance(corrupted.images, np.memmap) for corrupted in found)
+    images, labels = found[1].severity(4)
+    stored = np.load(shifted / "fog.npy")[6:8]
+    assert images.dtype == torch.uint8 and np.array_equal(images.numpy().transpose(0, 2, 3, 1), stored)
+    assert labels.dtype == torch.int64 and labels.tolist() == [3, 9]
+    for level in (0, 6):
+        with pytest.raises(ValueError, match=f"severities run from 1 to 5, not {level}"):
+            found[0].severity(level)
+
+
+def test_the_fifteen_corruptions_are_read(shifted):
+    with pytest.raises(FileNotFoundError, match=r"gaussian_noise.npy is not there: unpack CIFAR-10-C.tar in"):
+        data.cifar10_c(shifted)
+    for name in data.shifted.CORRUPTIONS:
+        (shifted / f"{name}.npy").write_bytes((shifted / "fog.npy").read_bytes())
+    assert len(data.cifar10_c(shifted)) == 15
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "words"),
+    [
+        ("fog", np.zeros((9, 32, 32, 3), np.uint8), r"fog.npy holds uint8 of shape \(9, 32, 32, 3\) where 10 labels"),
+        ("fog", np.zeros((10, 32, 32, 3), np.float32), "fog.npy holds float32"),
+        ("fog", np.full(10, None, object), "fog.npy is damaged"),
+        ("labels", np.arange(9), "labels.npy holds int64 .* not 5 blocks of labels: unpack"),
+        ("labels", np.full(10, 10), "labels.npy has labels other than 0 to 9: unpack"),
+        ("labels", np.zeros(10), "labels.npy holds float64"),
+    ],
+    ids=["count", "type", "pickle", "blocks", "class", "floats"],
+)
+def test_a_foreign_cifar10_c_is_refused(shifted, file, array, words):
+    np.save(shifted / f"{file}.npy", array)
+    with pytest.raises(ValueError, match=words):
+        data.cifar10_c(shifted, ("fog",))
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda b: b[:-1], lambda b: b"", lambda b: b"PK\x03\x04" + b], ids=["cut", "empty", "zip"]
+)
+def test_a_damaged_cifar10_c_is_refused(shifted, harm):
+    blob = (shifted / "fog.npy").read_bytes()
+    (shifted / "fog.npy").write_bytes(harm(blob))
+    with pytest.raises(ValueError, match=r"fog.npy is damaged .*: unpack CIFAR-10-C.tar again"):
+        data.cifar10_c(shifted, ("fog",))
+
+
+def test_cifar10_2(shifted):
+    root = shifted.parent
+    images, labels = data.cifar10_2(root)
+    assert images.shape == (3, 3, 32, 32) and labels.dtype == torch.int64 and labels.tolist() == [4, 0, 9]
+    with np.load(root / "cifar102_test.npz") as stored:
+        assert np.array_equal(images.numpy().transpose(0, 2, 3, 1), stored["images"])
+    (root / "cifar-10.2").mkdir()
+    (root / "cifar102_test.npz").rename(root / "cifar-10.2" / "cifar102_test.npz")
+    assert torch.equal(data.cifar10_2(root)[0], images)
+    with pytest.raises(FileNotFoundError, match=r"neither .*cifar102_test.npz is there: put cifar102_test.npz in"):
+        data.cifar10_2(shifted)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((3, 32, 32, 3), np.uint8)}, "damaged .*labels"),
+        ({"images": np.zeros((3, 32, 32, 3), np.uint8), "labels": np.arange(2)}, r"labels of shape \(2,\)"),
+        ({"images": np.zeros((2, 3, 32, 32), np.uint8), "labels": np.arange(2)}, "not N images of"),
+        ({"images": np.zeros((2, 32, 32, 3), np.uint8), "labels": np.array([0, 10])}, "labels other than 0 to 9"),
+        ({"images": np.full(2, None, object), "labels": np.arange(2)}, "damaged .*allow_pickle"),
+    ],
+    ids=["key", "count", "order", "class", "pickle"],
+)
+def test_a_foreign_cifar10_2_is_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "cifar102_test.npz", **arrays)
+    with pytest.raises(ValueError, match=words):
+        data.cifar10_2(tmp_path)
+
+
+@pytest.mark.parametrize("blob", [b"", b"no archive", b"PK\x03\x04"], ids=["empty", "text", "cut"])
+def test_a_damaged_cifar10_2_is_refused(tmp_path, blob):
+    (tmp_path / "cifar102_test.npz").write_bytes(blob)
+    with pytest.raises(ValueError, match=r"cifar102_test.npz is damaged .*: fetch it again"):
+        data.cifar10_2(tmp_path)
+    np.save(tmp_path / "one.npy", np.arange(3))
+    (tmp_path / "one.npy").rename(tmp_path / "cifar102_test.npz")
+    with pytest.raises(ValueError, match="is damaged"):
+        data.cifar10_2(tmp_path)
+
+
+@pytest.mark.parametrize(("read", "name"), [(data.cifar10_c, "CIFAR-10-C"), (data.cifar10_2, "CIFAR-10.2")])
+def test_a_shifted_set_without_its_folder_says_what_it_needs(read, name):
+    with pytest.raises(ValueError, match=f"{name} needs root=, the folder"):
+        read(None)

@@ -40,6 +40,8 @@ SETTINGS = {
     ("layers_table3", ""): ("cifar10", "resnet32", LAYERS, 0, 0, 3, {"remove": (1,)}),
     ("layers_table4", "32"): ("cifar10", "resnet32", LAYERS, 0, 0, 1, {"remove": (1, 3, 5)}),
     ("layers_table4", "56"): ("cifar10", "resnet56", LAYERS, 0, 0, 1, {"remove": (3, 4, 5, 12)}),
+    ("layers_table5", "32"): ("cifar10", "resnet32", LAYERS, 0, 0, 3, {"remove": (1, 3, 4, 5), "aggregate": "sum"}),
+    ("layers_table5", "56"): ("cifar10", "resnet56", LAYERS, 0, 0, 3, {"remove": (3, 4, 5, 12), "aggregate": "sum"}),
     ("importance_table1", ""): ("tinyimagenet", "tiny-resnet18", TINY, 1000, 40, 3, {}),
     ("importance_table2", "a"): ("mnist", "lenet-300-100", LENET, 0, 24, 3, {}),
     ("importance_table2", "b"): ("cifar10", "resnet20", CIFAR, 1000, 40, 3, {}),
@@ -53,6 +55,8 @@ SETTINGS = {
     ("elastic_table5", "mlp"): ("mnist", "mlp-2", LENET, 0, 10, 3, {}),
     ("elastic_table6", "svhn"): ("svhn", "resnet20", CIFAR, 1000, 10, 3, {}),
     ("elastic_table6", "cifar10"): ("cifar10", "resnet20", CIFAR, 1000, 10, 3, {}),
+    ("elastic_table7", "source"): ("tinyimagenet", "tiny-resnet18", IMAGENET, 490, 6, 1, {}),
+    ("elastic_table7", "target"): ("cifar10", "tiny-resnet18", CIFAR, 1000, 6, 3, {}),
     ("elastic_connectivity", ""): ("cifar10", "resnet32", CIFAR, 1000, 10, 1, {}),
 }
 
@@ -220,6 +224,21 @@ def test_the_table_says_what_was_not_run_and_what_the_paper_does_not_give():
     assert lines[3] == "| s | not given | -3.00 |  |  |"
 
 
+def test_figures_on_cifar10_2_count_its_2000_test_images():
+    figures = [row["CIFAR-10.2"] for row in recipe("layers_table5").paper.values()]
+    assert figures == [0.00, -1.15, -0.65, 0.70, 1.75, 0.70, -1.95]
+    assert all(math.isclose(20 * value, round(20 * value), abs_tol=1e-9) for value in figures)  # 1 of 2,000 is 0.05
+
+
+def test_figures_of_robustness_and_of_upsampled_cifar():
+    from layers_table5 import C
+
+    figures = [row[C] for row in recipe("layers_table5").paper.values()]
+    assert figures == [1.13, -0.05, 1.61, 0.59, 3.73, -0.16, 1.98]
+    rows = {row: line["Res-18"] for row, line in recipe("elastic_table7").paper.items()}
+    assert rows == {"Full": 95.21, "IMP": 95.42, "ETT from Res-18": 95.40, "ETT from Res-26": 95.16}
+
+
 @pytest.fixture
 def smallest():
     """MLPs of Table 5 in 2 steps a run."""
@@ -266,6 +285,93 @@ def test_filters_and_layers_of_one_recipe(tmp_path):
     results = run(whole, {"": small}, tmp_path / "t")
     assert [cell["row"] for cell in results["cells"]] == ["filters"] * 2 + ["layers"] * 2
     assert all(-100 <= cell["ours"][0] <= 100 for cell in results["cells"])
+
+
+@pytest.fixture
+def robust():
+    """Table 5 of the layers: its ResNet-20 of 4 channels, one block removed, in 2 steps."""
+    whole = recipe("layers_table5")
+    small = replace(whole.quick["32"], network="resnet20", width=4, subset=(32, 16), samples=16, remove=(1,))
+    return whole, replace(small, train=shortened(small.train, 1, batch_size=16))
+
+
+def test_layer_tickets_on_shifted_images(robust, tmp_path, monkeypatch):
+    import layers_table5
+
+    whole, small = robust
+    results = run(whole, {"32": small}, tmp_path / "t")
+    ours = {(cell["row"], cell["column"]): cell["ours"] for cell in results["cells"] if cell["ours"]}
+    assert {column: -100 <= ours["ResNet-32 p=1", column][0] <= 100 for column in ("CIFAR-10-C", "CIFAR-10.2")} == {
+        "CIFAR-10-C": True,
+        "CIFAR-10.2": True,
+    }
+    kept = {name: json.loads((tmp_path / f"t/32/{name}-0.shifted.json").read_text()) for name in ("dense", "grasp-1")}
+    parts = [f"{name} {level}" for name in ("gaussian_noise", "contrast", "box_blur") for level in (1, 2, 3, 4, 5)]
+    assert list(kept["dense"]["CIFAR-10-C"]) == parts
+    means = {name: sum(file["CIFAR-10-C"].values()) / 15 for name, file in kept.items()}
+    assert ours["ResNet-32 p=1", "CIFAR-10-C"][0] == pytest.approx(means["grasp-1"] - means["dense"])
+    monkeypatch.setattr(paper_runs, "train", None)  # figures that are kept are neither trained nor evaluated for again
+    monkeypatch.setattr(layers_table5, "evaluate", None)
+    assert run(whole, {"32": small}, tmp_path / "t")["cells"] == results["cells"]
+
+
+def test_shifted_sets_of_the_users_folder(robust, tmp_path, capsys):
+    import layers_table5
+    import numpy as np
+
+    from pysparse_ticket.data.shifted import CORRUPTIONS
+
+    runs = paper_runs.Runs({"32": replace(robust[1], data="cifar10")}, "32", tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="put cifar102_test"):
+        layers_table5.shifted_sets(runs)
+    assert "CIFAR-10-C is not run" in capsys.readouterr().err
+    pixels, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10)
+    for name in CORRUPTIONS:
+        np.save(tmp_path / f"{name}.npy", pixels)
+    np.save(tmp_path / "labels.npy", labels)
+    sets = layers_table5.shifted_sets(runs)
+    assert list(sets) == ["CIFAR-10-C"] and len(sets["CIFAR-10-C"]) == 75
+    assert sets["CIFAR-10-C"]["fog 5"]()[1].tolist() == [8, 9]
+    assert "CIFAR-10.2 is not run" in capsys.readouterr().err
+
+
+def test_corruptions_of_the_quick_run():
+    from layers_table5 import corrupted
+
+    image = torch.zeros(1, 1, 3, 3, dtype=torch.uint8)
+    image[0, 0, 1, 1] = 90
+    noise, contrast, blur = corrupted(image, torch.tensor([7]))
+    # the mean is 10; 85% of the way from it at severity 1, 25% at severity 5
+    assert contrast.images[0, 1, 1, 0] == 78 and contrast.images[4].ravel().tolist() == [8] * 4 + [30] + [8] * 4
+    assert blur.images[0, :, :, 0].tolist() == [[22, 15, 22], [15, 10, 15], [22, 15, 22]]  # 90 over 4, 6 and 9 pixels
+    assert (noise.images == corrupted(image, torch.tensor([7]))[0].images).all() and noise.labels.tolist() == [7] * 5
+    assert noise.images[4].astype(int).std() > noise.images[0].astype(int).std() > 0
+
+
+def test_a_transferred_ticket_gets_a_classifier_of_its_own():
+    from elastic_table7 import with_classifier
+
+    source, target = ImageNetResNet(26, 5, stem="tiny", width=1), ImageNetResNet(18, 3, stem="tiny", width=1)
+    ticket = pst.at_init(source, score="magnitude", granularity="weight", sparsity=0.5)
+    found = pst.elastic(with_classifier(ticket, target), None, target)
+    found.restore(target)  # every shape is the target's
+    assert found.masks["fc.weight"].shape == (3, 8) and found.masks["fc.weight"].all()
+    assert torch.equal(found.rewind["fc.weight"], target.fc.weight)
+    assert torch.equal(found.rewind["stage2.1.conv1.weight"], source.stage2[1].conv1.weight)
+    assert ticket.masks["fc.weight"].shape == (5, 8)
+
+
+def test_images_are_upsampled_and_shifted_as_far():
+    from elastic_table7 import upsampled
+
+    from pysparse_ticket.data import ImageData
+
+    images = torch.tensor([[0, 100], [100, 200]], dtype=torch.uint8).expand(2, 3, 2, 2).contiguous()
+    small = ImageData.from_tensors("x", (images, torch.arange(2)), (images, torch.arange(2)), classes=2, crop=1)
+    large = upsampled(small, 4)
+    # bilinear with half-pixel centres: the ends stay, a quarter and three quarters of the way lie between
+    assert large.train_images[1, 2, 0].tolist() == [0, 25, 75, 100] and large.test_images.shape == (2, 3, 4, 4)
+    assert (large.crop, large.mean, large.std) == (2, small.mean, small.std)
 
 
 def test_data_that_are_not_there_are_named(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Image sets, by name: each a whole set in memory as uint8 tensors."""
+"""Image sets, by name: each a whole set in memory as uint8 tensors. CIFAR-10-C and CIFAR-10.2 are test sets alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from . import cifar, digits, mnist, procedural, svhn, tiny_imagenet
 from .images import ImageData
+from .shifted import Corrupted, cifar10_2, cifar10_c
 
-__all__ = ["ImageData", "load", "names"]
+__all__ = ["Corrupted", "ImageData", "cifar10_2", "cifar10_c", "load", "names"]
 
 _LOADERS = {
     "digits": digits.load,
