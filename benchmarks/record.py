@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from csv_rows import read_rows, write_rows
 
 from pysparse_ticket.files import write_whole
 from pysparse_ticket.planner import SLOWER_AT_MOST
@@ -62,31 +62,14 @@ class Row:
         return self.bf16_rival_ms / self.bf16_ours_ms if self.bf16_rival_ms and self.bf16_ours_ms else None
 
 
-COLUMNS = [field.name for field in fields(Row)]
-NUMBERS = {field.name for field in fields(Row) if "float" in str(field.type)}
-
-
 def to_csv(rows: Iterable[Row]) -> str:
     """All rows with their speed-ups; an empty cell was not measured."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "speedup", "bf16_speedup"])
-    for row in rows:
-        values = [getattr(row, name) for name in (*COLUMNS, "speedup", "bf16_speedup")]
-        writer.writerow(["" if v is None else f"{v:.5g}" if isinstance(v, float) else v for v in values])
-    return text.getvalue()
+    return write_rows(Row, rows, ("speedup", "bf16_speedup"))
 
 
 def from_csv(text: str) -> list[Row]:
     """Raises ValueError for a file of other columns."""
-    reader = csv.DictReader(io.StringIO(text))
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise ValueError(f"the CSV lacks the columns {', '.join(missing)}; remove it and run make bench")
-
-    def value(name: str, cell: str) -> object:
-        return (float(cell) if cell else None) if name in NUMBERS else cell
-
-    return [Row(**{name: value(name, cells[name]) for name in COLUMNS}) for cells in reader]
+    return read_rows(Row, text, "make bench")
 
 
 def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:

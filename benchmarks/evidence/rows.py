@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from csv_rows import read_rows, write_rows
 
 from pysparse_ticket.files import write_whole
 
@@ -41,32 +41,13 @@ class Row:
         return (self.table, self.data, self.network, self.arm, self.level, self.seed, self.settings)
 
 
-NAMES = [field.name for field in fields(Row)]
-NUMBERS = {field.name for field in fields(Row) if "float" in str(field.type)}
-
-
 def to_csv(rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(NAMES)
-    for row in rows:
-        values = [getattr(row, name) for name in NAMES]
-        writer.writerow(["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values])
-    return text.getvalue()
+    return write_rows(Row, rows, digits=6)
 
 
 def from_csv(text: str) -> list[Row]:
     """Raises ValueError for a file of other columns."""
-    reader = csv.DictReader(io.StringIO(text))
-    if missing := [name for name in NAMES if name not in (reader.fieldnames or ())]:
-        raise ValueError(f"the CSV lacks the columns {', '.join(missing)}; remove it and run make evidence")
-
-    def value(name: str, cell: str) -> object:
-        if name in NUMBERS:
-            return float(cell) if cell else None
-        return int(cell) if name == "seed" else cell
-
-    return [Row(**{name: value(name, cells[name]) for name in NAMES}) for cells in reader]
+    return read_rows(Row, text, "make evidence")
 
 
 class Store:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from csv_rows import read_rows, write_rows
 
 from gpu.goals import GOALS
 from pysparse_ticket.files import write_whole
@@ -68,31 +67,14 @@ class Row:
         return next((goal for (*k, s), goal in GOALS.items() if (*k,) == key and abs(s - self.sparsity) < 0.02), None)
 
 
-COLUMNS = [field.name for field in fields(Row)]
-NUMBERS = {field.name for field in fields(Row) if "float" in str(field.type)}
-
-
 def to_csv(rows: Iterable[Row]) -> str:
     """All rows with their ratios and goals; an empty cell was not measured."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "ratio", "goal"])
-    for row in rows:
-        values = [getattr(row, name) for name in (*COLUMNS, "ratio", "goal")]
-        writer.writerow(["" if v is None else f"{v:.5g}" if isinstance(v, float) else v for v in values])
-    return text.getvalue()
+    return write_rows(Row, rows, ("ratio", "goal"))
 
 
 def from_csv(text: str) -> list[Row]:
     """Raises ValueError for a file of other columns."""
-    reader = csv.DictReader(io.StringIO(text))
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise ValueError(f"the CSV lacks the columns {', '.join(missing)}; remove it and run make gpu-bench")
-
-    def value(name: str, cell: str) -> object:
-        return (float(cell) if cell else None) if name in NUMBERS else cell
-
-    return [Row(**{name: value(name, cells[name]) for name in COLUMNS}) for cells in reader]
+    return read_rows(Row, text, "make gpu-bench")
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
