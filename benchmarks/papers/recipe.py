@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from trainings import Runs
 
 from pysparse_ticket.files import write_whole
 from pysparse_ticket.report import machine, machine_line, markdown_table
 from pysparse_ticket.train import Interrupted, TrainConfig
-from runs import Runs
 
 Given = float | tuple[float, float]  # a figure of a paper, or its mean and standard deviation
 
