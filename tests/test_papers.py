@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainings as paper_runs
 from recipe import main, percent_gone, run, shortened, table
 from torch import nn
 
 import pysparse_ticket as pst
-import runs as paper_runs
 from pysparse_ticket.models import CifarResNet, ImageNetResNet
 from pysparse_ticket.search.filter_twin import filters_removed
 from pysparse_ticket.search.pieces import Schedule
