@@ -97,6 +97,23 @@ def test_masks_with_structure(ops, poison, mask):
         assert error(a, e) < bound(150)
 
 
+@pytest.mark.parametrize("early", [1, 5, 31], ids=lambda n: f"{n} early rows of 32")
+def test_weights_wait_in_the_ring_as_long_as_they_may(ops, poison, monkeypatch, early):
+    """The early rows have their weights in the first columns, the others of their warp in the last: in lockstep they
+    fall behind until their columns are about to leave."""
+
+    def mask(rows, columns, gen):
+        drawn = torch.rand(rows, columns, generator=gen) < 0.3
+        first = torch.arange(rows) % 32 < early
+        return drawn & torch.where(first[:, None], torch.arange(columns) < 300, torch.arange(columns) >= columns - 300)
+
+    monkeypatch.setitem(MASKS, "early rows", mask)
+    x, values, bias, pattern, grad = case((33,), 1700, 70, "early rows")
+    expected = run(x, values, bias, pattern, grad, torch.float64)
+    for actual, right in zip(emulated(ops, x, values, bias, pattern, grad), expected, strict=True):
+        assert error(actual, right) < bound(1700)
+
+
 @pytest.mark.parametrize("features", [(500, 133), (64, 88)], ids=["odd", "vectors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_activations_are_summed_in_float32(ops, poison, dtype, features):
