@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import pysparse_ticket as pst
 from pysparse_ticket.models import build
 
-PLANS = ["packed", "dense", "tiled"]
+PLANS = ["packed", "dense", "tiled", "blocks"]
 
 
 def sparse_resnet(plan, device="cpu"):
