@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.filter_conv2d import filter_conv2d
+from ..ops.filter_conv2d import filter_conv2d, filter_conv2d_reference
 from .dense_state import DenseState, keep_mask
 from .plain_conv2d import plain_conv2d
 
@@ -68,18 +67,11 @@ class FilterSparseConv2d(DenseState):
         self.format = format
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.format == "fused":
-            in_index = None if self.compact_in else self.in_index
-            out_index = None if self.compact_out else self.out_index
-            geometry = (self.stride, self.padding, self.dilation)
-            return filter_conv2d(x, self.weight, self.bias, in_index, out_index, self.out_channels, *geometry)
-        if not self.compact_in and len(self.in_index) < self.in_channels:
-            x = x.index_select(1, self.in_index)
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
-        if self.compact_out or len(self.out_index) == self.out_channels:
-            return y
-        full = y.new_zeros((y.shape[0], self.out_channels, *y.shape[2:]))
-        return full.index_copy(1, self.out_index, y)
+        in_index = None if self.compact_in or len(self.in_index) == self.in_channels else self.in_index
+        out_index = None if self.compact_out or len(self.out_index) == self.out_channels else self.out_index
+        geometry = (self.stride, self.padding, self.dilation)
+        convolve = filter_conv2d if self.format == "fused" else filter_conv2d_reference
+        return convolve(x, self.weight, self.bias, in_index, out_index, self.out_channels, *geometry)
 
     def tile_mask(self) -> Tensor:
         """bool ``[O, C, kh, kw]`` of the weights that there are, over the channels that input and output have: the kept

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import CPU_ERROR, NAMESPACE, choose_backend
+from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
 from .masked_conv2d import Pair, output_size
 
 
@@ -95,12 +95,6 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _kernels():
-    from pysparse_ticket.kernels import filter_conv2d as kernels  # triton is slow to import, and needed here alone
-
-    return kernels
-
-
 def _programs(device: torch.device) -> int:
     """Twice the multiprocessors: what the weight gradient is split into."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -109,13 +103,15 @@ def _programs(device: torch.device) -> int:
 def _launch(x, weight, bias, in_index, out_index, out_channels, stride, padding, dilation, stats):
     output = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    return _kernels().forward(x, weight, bias, in_index, out_index, out_channels, output, *geometry, stats)
+    return kernel_module("filter_conv2d").forward(
+        x, weight, bias, in_index, out_index, out_channels, output, *geometry, stats
+    )
 
 
 def _launch_backward(
     grad, x, weight, in_index, out_index, stride, padding, dilation, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    kernels, geometry = _kernels(), (tuple(stride), tuple(padding), tuple(dilation))
+    kernels, geometry = kernel_module("filter_conv2d"), (tuple(stride), tuple(padding), tuple(dilation))
     grad_x = grad_weight = grad.new_empty(0)
     if need_x:
         grad_x = kernels.input_gradient(grad, weight, in_index, out_index, x.shape, *geometry)
