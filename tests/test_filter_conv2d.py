@@ -1,16 +1,12 @@
 """The Triton kernels of filter_conv2d: under the interpreter on a machine without a GPU, compiled on one with."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import facts_from
 from torch import nn
 
 import pysparse_ticket as pst
@@ -236,14 +232,11 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")
 def test_compiled_ahead_of_time(arch):
-    here = Path(__file__).parent
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    program = [sys.executable, here / "filter_conv2d_compiled.py", str(arch)]
-    lines = subprocess.run(program, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 15
-    for made in map(json.loads, lines):
-        assert made["stack"] == 0, made  # no register spills
+    facts = facts_from("filter_conv2d_compiled.py", arch)
+    assert len(facts) == 15
+    for made in facts:
+        assert made["spilled"] == 0, made
         assert made["shared"] <= (227 if arch == 90 else 163) * 1024, made
         assert bool(made["wgmma"]) == (arch == 90), made
         if made["dtype"] == "bf16" and not made["gather"]:
-            assert made["copies"] == [16], made
+            assert made["copy_bytes"] == [16], made

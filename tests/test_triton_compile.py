@@ -1,13 +1,9 @@
 """The Triton kernels, compiled for GPUs that need not be there: no spills, matrix instructions, pipelines."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from ahead_of_time import facts_from
 
 pytest.importorskip("triton", reason="triton is not installed")
 SHARED_MEMORY = {
@@ -19,12 +15,7 @@ SHARED_MEMORY = {
 @functools.cache
 def kernels(arch):
     """{what: facts}; a process of its own, in which nothing is interpreted"""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, str(Path(__file__).parent / "triton_ahead.py"), "--json", str(arch)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return facts_from("triton_ahead.py", "--json", arch)
 
 
 @pytest.mark.parametrize("arch", [90, 80])

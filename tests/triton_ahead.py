@@ -6,18 +6,12 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
+import ahead_of_time
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 from pysparse_ticket.ops.library import kernel_module
 from pysparse_ticket.ops.tile_mask import group
@@ -28,48 +22,8 @@ ODD = {"tiles", "entries", "T", "out_rows", "spin", "programs", "n_items", "chun
 
 
 def compiled(fn, signature: dict, constants: dict, config, arch: int) -> dict:
-    names = fn.arg_names
-    signature = {a: "constexpr" if a in constants else signature.get(a, "i32") for a in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, a in enumerate(names)
-        if a not in constants and a not in ODD and not signature[a].startswith("tensordesc")
-    }
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    source = ASTSource(fn, signature, constants, aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx, report = kernel.asm["ptx"], _ptxas(kernel.asm["ptx"], arch)
-    buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x[bf]", kernel.asm["ttgir"])
-    return {
-        "kernel": fn.__name__,
-        "arch": arch,
-        "warps": config.warps,
-        "stages": config.stages,
-        "resident": config.resident,
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report))),
-        "serialized": "wgmma.mma_async instructions are serialized" in report,
-        "shared": kernel.metadata.shared,
-        "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "bulk_copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
-        "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        "in_flight": max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)), default=0),
-        "buffers": max(map(int, buffers), default=0),
-    }
-
-
-def _ptxas(ptx: str, arch: int) -> str:
-    """What the assembler reports: registers, spills, matrix instructions that it had to run one after another."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        name = "sm_90a" if arch == 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        return done.stderr
+    facts = ahead_of_time.compiled(fn, signature, constants, arch, config.warps, config.stages, ODD)
+    return facts | {"resident": config.resident}
 
 
 def matmul(config, tile, dtype, precision, described, arch, transposed=False, activation=None) -> dict:
