@@ -1,15 +1,12 @@
 """Runs a traced model's sparse convolutions, with the norms, adds and ReLUs between them, as one chain of batch tiles,
 and its runs of masked linear layers as others. Masked, filter-sparse and, beside those, whole convolutions take part.
 
-The model's modules stay where they are and keep their names, parameters and buffers; only its ``forward`` changes, by a
-class that derives from the model's own. In the chain nothing is packed or unpacked between two of our layers.
+Only the model's ``forward`` changes (``nn/rewritten.py``); nothing is packed or unpacked between two of our layers.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,35 +20,23 @@ from ..ops.tiled_norm_conv2d import Raw, tiled_norm, tiled_norm_conv2d
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
 from .linear_chain import chain_linears, find_linear_runs, linear_names
 from .masked_conv2d import MaskedConv2d, resolve_padding
+from .rewritten import RewrittenForward, own_forward, rewrite_forward
 from .tile_operands import Tileable, drop_pattern, keep_pattern, operands
-from .trace import trace
+from .trace import is_relu, trace
 
 NORMS = (nn.BatchNorm2d, CompactBatchNorm2d)
 
 
-class TiledChain:
-    """Mixed into the class of a model whose forward runs tiled; other dtypes and devices run the modules one by one."""
+class TiledChain(RewrittenForward):
+    """Other dtypes and devices run the modules one by one."""
 
-    def forward(self, *args, **kwargs):
-        tiled = len(args) == 1 and not kwargs and not self.__dict__.get("_modules_one_by_one")
-        if tiled and isinstance(args[0], Tensor) and _runs_tiled(args[0]):
-            return self._tiled_forward(args[0])
-        return super().forward(*args, **kwargs)
+    PREFIX = "Tiled"
 
-    @contextmanager
-    def modules_one_by_one(self) -> Iterator[None]:
-        """Within it every module is called, so that hooks on them see their calls."""
-        self._modules_one_by_one = True
-        try:
-            yield
-        finally:
-            del self._modules_one_by_one
-
-
-def _runs_tiled(x: Tensor) -> bool:
-    """float32 on the CPU, and half precision where autocast casts as the kernels do."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and (x.dtype == torch.float32 or half)
+    @staticmethod
+    def _takes(x: Tensor) -> bool:
+        """float32 on the CPU, and half precision where autocast casts as the kernels do."""
+        half = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu")
+        return x.device.type == "cpu" and (x.dtype == torch.float32 or half)
 
 
 @dataclass
@@ -74,7 +59,7 @@ def tile_chain(model: nn.Module) -> nn.Module:
     model is then as before.
     """
     graph, modules = trace(model)
-    units, runs = _find_units(graph, modules), find_linear_runs(graph, modules, _is_relu)
+    units, runs = _find_units(graph, modules), find_linear_runs(graph, modules)
     if len(units) < 2 and not runs:
         raise ValueError(
             f"{type(model).__name__} has fewer than two sparse convolutions, or masked linear layers in a row, to chain"
@@ -84,21 +69,15 @@ def tile_chain(model: nn.Module) -> nn.Module:
         for unit in units.values():
             keep_pattern(modules[unit.conv.target])
         graph = _rewrite(graph, units, modules)
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)  # fx's own generated source, as torch.fx.GraphModule runs it
-    own = type(model)
-    model.__class__ = type(f"Tiled{own.__name__}", (TiledChain, own), {"_tiled_forward": namespace["forward"]})
-    return model
+    return rewrite_forward(model, graph, TiledChain)
 
 
 def untile(model: nn.Module) -> nn.Module:
-    """Undo :func:`tile_chain`; a model that is not tiled is returned as it is."""
+    """Undo :func:`tile_chain`, as any other rewriting; another model is returned as it is."""
     if isinstance(model, TiledChain):
-        model.__class__ = type(model).__mro__[2]
         for module in model.modules():
             drop_pattern(module)
-    return model
+    return own_forward(model)
 
 
 def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[torch.fx.Node, _Unit]:
@@ -125,7 +104,7 @@ def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[to
             unit.residual = other
             unit.nodes.append(user)
             user = only_user(user)
-        if user is not None and _is_relu(user, modules):
+        if user is not None and is_relu(user, modules):
             unit.relu = True
             unit.nodes.append(user)
         taken.update(unit.nodes)
@@ -171,14 +150,6 @@ def _other_summand(node: torch.fx.Node, one: torch.fx.Node) -> torch.fx.Node | N
     other = second if first is one else first
     # a parameter or buffer has no samples, and is broadcast
     return other if isinstance(other, torch.fx.Node) and other is not one and other.op != "get_attr" else None
-
-
-def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return (
-        (node.op == "call_module" and type(modules[node.target]) is nn.ReLU)
-        or (node.op == "call_function" and node.target in (F.relu, torch.relu))
-        or (node.op == "call_method" and node.target in ("relu", "relu_"))
-    )
 
 
 def _is_global_mean(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
@@ -295,4 +266,4 @@ def chained_layers(model: nn.Module) -> list[str]:
     graph, modules = trace(model)
     units = [unit.conv.target for unit in _find_units(graph, modules).values()]
     convs = [name for name in units if type(modules[name]) is not nn.Conv2d] if len(units) >= 2 else []
-    return convs + linear_names(find_linear_runs(graph, modules, _is_relu))
+    return convs + linear_names(find_linear_runs(graph, modules))

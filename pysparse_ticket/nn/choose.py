@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 
@@ -11,13 +12,14 @@ from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sit
 from .chain import chained_layers, tile_chain
 from .dense_state import DenseState
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .linear_stack import stack_linears, stacked_layers
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
 from .masked_linear import MaskedLinear
 from .swaps import Swaps
 
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-FORMATS = (*dict.fromkeys((*MaskedConv2d.FORMATS, *MaskedLinear.FORMATS)), "tiled")
+FORMATS = (*dict.fromkeys((*MaskedConv2d.FORMATS, *MaskedLinear.FORMATS)), "tiled", "stacked")
 Formatted = MaskedModule | FilterSparseConv2d
 
 
@@ -30,6 +32,8 @@ def choose_layer(
     """
     masked = MASKED[type(module)].from_dense(module, mask)
     row = LayerPlan(name, type(module).__name__.lower(), site.shape if site else (), masked.sparsity, masked.format)
+    if fmt == "stacked":  # dense, and with its neighbours one call
+        fmt = "dense" if isinstance(masked, MaskedLinear) else "packed"
     if fmt not in ("auto", "tiled") and (insist or not masked.why_dense):
         reason = None if insist or fmt not in masked.FORMATS or fmt == "dense" else masked.why_not(fmt)
         masked.set_format(fmt if insist or (fmt in masked.FORMATS and not reason) else "packed")
@@ -135,18 +139,18 @@ def choose_model(
     if dense is None:
         if "tiled" in forced.values():
             _tile(model, result, "asked for")
+        if "stacked" in forced.values():
+            _stack(model, result, "asked for")
         return
-    tiled = None
-    if not x.is_cuda:  # a chain of tiles is the CPU's; elsewhere it runs its modules one by one
-        tiled = copy.deepcopy(model)
+    arms = {"dense": dense, "layers": model}
+    if not x.is_cuda:  # chains of tiles and stacks are the CPU's; elsewhere they run their modules one by one
         try:
-            _tile(tiled)
+            arms["tiled"] = _tile(copy.deepcopy(model))
         except ValueError as reason:
-            tiled = None
             result.notes.append(f"no chain of tiles: {reason}")
-    arms = {"dense": dense, "layers": model} | ({"tiled": tiled} if tiled is not None else {})
+        _add_stacked(arms)
     formats = [(row.layer, row.format, round(row.sparsity, 2)) for row in result.layers]
-    key = cache.key("step", dense, tuple(x.shape), x.stride(), formats)
+    key = cache.key("step", dense, tuple(x.shape), x.stride(), formats, sorted(arms))
     try:
         try:
             times = cache.get_or_race(key, lambda: race_steps(arms, x))
@@ -158,15 +162,33 @@ def choose_model(
     except (TypeError, AttributeError, RuntimeError) as error:  # an output that is no tensor, a frozen model
         result.notes.append(f"whole training step: not timed ({error})")
         return
-    best = min((name for name in times if name != "dense"), key=times.__getitem__)
+    best = _fastest(times)
     result.step_ratio = times[best] / times["dense"]
-    if best == "tiled" and result.step_ratio <= SLOWER_AT_MOST:
-        _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
-    elif result.step_ratio > SLOWER_AT_MOST:
+    if result.step_ratio > SLOWER_AT_MOST and {row.format for row in result.layers} - {"dense", "skipped"}:
         why = f"the whole step took {result.step_ratio:.2f} of the dense one's with sparse layers"
         run_dense(model, swaps, result, why)
-        result.step_ratio = None
+        best, result.step_ratio = "layers", None
         result.notes.append(f"{why}, so every masked layer runs dense")
+        arms = {"dense": dense, "layers": model}
+        if not x.is_cuda and "stacked" in _add_stacked(arms):
+            times = cache.get_or_race(f"{key} dense", lambda: race_steps(arms, x))
+            best = _fastest(times)
+            result.step_ratio = times[best] / times["dense"]
+    if best == "tiled":
+        _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
+    elif best == "stacked":
+        _stack(model, result, f"as one call, the whole step takes {result.step_ratio:.2f} of the dense one's")
+
+
+def _fastest(times: Mapping[str, float]) -> str:
+    return min((name for name in times if name != "dense"), key=times.__getitem__)
+
+
+def _add_stacked(arms: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """With the model of "layers" whose dense linear layers run as one call, if it has such."""
+    with contextlib.suppress(ValueError):
+        arms["stacked"] = stack_linears(copy.deepcopy(arms["layers"]))
+    return arms
 
 
 def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
@@ -188,12 +210,23 @@ def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
             swaps.exchange(name, swaps.old[name])
 
 
-def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> None:
+def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> nn.Module:
     names = chained_layers(model)
     for name in names:
         if isinstance(model.get_submodule(name), MaskedModule):
             model.get_submodule(name).set_format("packed")
     tile_chain(model)
+    _note(result, names, "tiled", why)
+    return model
+
+
+def _stack(model: nn.Module, result: Plan, why: str) -> None:
+    names = stacked_layers(model)
+    stack_linears(model)
+    _note(result, names, "stacked", why)
+
+
+def _note(result: Plan | None, names: list[str], format: str, why: str) -> None:
     for row in result.layers if result else ():
         if row.layer in names:
-            row.format, row.chosen_us, row.why = "tiled", None, why
+            row.format, row.chosen_us, row.why = format, None, why

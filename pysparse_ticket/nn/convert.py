@@ -39,10 +39,12 @@ def sparsify(
     sample     an input batch (or a batch whose first entry is the input), of the shape and memory format that
                training will have. With it each masked layer's formats are raced and the fastest kept; then the
                whole step is raced dense, layer by layer, and with the sparse convolutions in one chain of batch tiles
-               (``nn/chain.py``), and the fastest kept. Without it every masked layer is packed.
+               (``nn/chain.py``) or its dense linear layers as one call (``nn/linear_stack.py``), and the fastest
+               kept. Without it every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
-               "tiles" or "pixels" for the layout of the convolutions, "2:4" for linear layers that can; or
+               "stacked" for dense linear layers as one call, "tiles" or "pixels" for the layout of the convolutions,
+               "2:4", "blocks" or "reordered" for linear layers that can; or
                {layer name: format}, as for a rerun that must take the same kernels to end with the same bits. Layers
                that lose filters are "compact", "fused", "tiled" or, all of them, "dense"
     round_to   filters are filled up with zeros to a multiple of this, where one step on the sample shows that they stay

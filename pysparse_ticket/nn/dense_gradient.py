@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .chain import TiledChain
 from .masked import MaskedModule
+from .rewritten import RewrittenForward
 
 
 class DenseGradients:
@@ -30,7 +30,7 @@ class DenseGradients:
         self.close()
         self._open = ExitStack()
         for module in self._model.modules():
-            if isinstance(module, TiledChain):
+            if isinstance(module, RewrittenForward):
                 self._open.enter_context(module.modules_one_by_one())
         for name, layer in self._layers.items():
             self._open.callback(layer.register_forward_hook(partial(self._watch, name)).remove)

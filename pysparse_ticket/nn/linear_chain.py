@@ -6,6 +6,7 @@ first layer packs its input and only the last unpacks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.fx
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops.tiled_linear import linear_pack, linear_unpack, tiled_linear
 from .masked_linear import MaskedLinear
+from .trace import is_relu
 
 # of one input and no say in the layout: the same on tiles (a dropout draws other places than on the ordinary tensor)
 ELEMENTWISE = (nn.Dropout, nn.Identity)
@@ -35,34 +37,40 @@ class _Step:
 Run = list[_Step]
 
 
-def find_linear_runs(graph: torch.fx.Graph, modules: dict[str, nn.Module], is_relu) -> list[Run]:
-    """Runs of two or more masked linear layers, each read by the next step alone; ``is_relu(node, modules)``."""
+def _packs(module: nn.Module | None) -> bool:
+    return isinstance(module, MaskedLinear) and not module.why_dense and module.schedule is not None
+
+
+def find_linear_runs(
+    graph: torch.fx.Graph,
+    modules: dict[str, nn.Module],
+    takes: Callable[[nn.Module | None], bool] = _packs,
+    between: tuple[type[nn.Module], ...] = ELEMENTWISE,
+) -> list[Run]:
+    """Runs of two or more of the layers that it ``takes``, each read by the next step alone; modules of the types
+    ``between`` may stand among them."""
     taken: set[torch.fx.Node] = set()
     runs = []
 
     def module_of(node: torch.fx.Node) -> nn.Module | None:
         return modules.get(node.target) if node.op == "call_module" else None
 
-    def is_linear(node: torch.fx.Node) -> bool:
-        module = module_of(node)
-        return isinstance(module, MaskedLinear) and not module.why_dense and module.schedule is not None
-
     def only_user(node: torch.fx.Node) -> torch.fx.Node | None:
         user = next(iter(node.users)) if len(node.users) == 1 else None
         return user if user is None or user.all_input_nodes == [node] else None
 
     for node in graph.nodes:
-        if node in taken or not is_linear(node):
+        if node in taken or not takes(module_of(node)):
             continue
         run: Run = []
         at = node
         while at is not None:
-            if is_linear(at):
+            if takes(module_of(at)):
                 step = _Step([at], True)
                 user = only_user(at)
                 if user is not None and is_relu(user, modules):
                     step.nodes.append(user)
-            elif type(module_of(at)) in ELEMENTWISE:
+            elif type(module_of(at)) in between:
                 step = _Step([at], False)
             else:
                 break
@@ -101,7 +109,7 @@ def chain_linears(graph: torch.fx.Graph, runs: list[Run]) -> None:
 
 
 def linear_names(runs: list[Run]) -> list[str]:
-    """Names of the masked linear layers in the runs, each once."""
+    """Names of the linear layers in the runs, each once."""
     return list(dict.fromkeys(step.nodes[0].target for run in runs for step in run if step.linear))
 
 

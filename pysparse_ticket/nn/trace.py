@@ -7,6 +7,7 @@ import operator
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 
 from .layer_skip import LayerSkip
@@ -36,6 +37,14 @@ def trace(model: nn.Module) -> tuple[torch.fx.Graph, dict[str, nn.Module]]:
     _drop_identities(graph, modules)
     _check_in_place(graph, modules)
     return graph, modules
+
+
+def is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return (
+        (node.op == "call_module" and type(modules[node.target]) is nn.ReLU)
+        or (node.op == "call_function" and node.target in (F.relu, torch.relu))
+        or (node.op == "call_method" and node.target in ("relu", "relu_"))
+    )
 
 
 def _graph_of(model: nn.Module) -> torch.fx.Graph:
