@@ -162,9 +162,9 @@ def shared_groups(mask, strips=False):
     pattern = Pattern.from_mask(mask)
     width = mask.shape[1]
     schedule = OP.linear_schedule(pattern.row_ptr, pattern.col, None, width, 64).tolist()
-    chunks, tiles = schedule[4], max(1, -(-width // 64))
-    first = schedule[6 + chunks + 1 :][: 3 * tiles * chunks + 1]
-    return sum(first[3 * cell + (1 if strips else 2)] - first[3 * cell] for cell in range(tiles * chunks))
+    chunks, tiles, exact = schedule[4], max(1, -(-width // 64)), schedule[6]
+    first = schedule[10 + chunks + 1 :][: 3 * tiles * chunks + 1]
+    return exact + sum(first[3 * cell + (1 if strips else 2)] - first[3 * cell] for cell in range(tiles * chunks))
 
 
 def test_rows_share_their_columns_where_they_have_the_same_ones():
@@ -178,6 +178,25 @@ def test_rows_share_their_columns_where_they_have_the_same_ones():
     # 3 of 4 rows alike are not enough: 192 nonzeros in 64 columns
     mask[20] = False
     assert shared_groups(mask) == 0
+
+
+def test_blocks_of_a_mask_run_exactly():
+    """Groups of four rows that need no index of columns, in the pattern and in the transposed one."""
+
+    def exact(mask):
+        pattern = Pattern.from_mask(mask)
+        forward = OP.linear_schedule(pattern.row_ptr, pattern.col, None, mask.shape[1], 64)
+        backward = OP.linear_schedule(pattern.t_row_ptr, pattern.t_col, pattern.t_perm, mask.shape[0], 64)
+        return forward[6].item(), backward[6].item()
+
+    mask = torch.zeros(64, 128, dtype=torch.bool)
+    mask[16:32, :64] = mask[16:32, 80:112] = True
+    assert exact(mask) == (0, (64 + 32) // 4)  # 4 groups of 4 and 2 strips are too few for dW
+    mask[32:64, :96] = True
+    # 12 groups of rows in each of two tiles of 64 columns; 112 columns
+    assert exact(mask) == (12 * 2, 112 // 4)
+    mask[40, 3] = False
+    assert exact(mask) == (12 * 2 - 1, 112 // 4 - 1)
 
 
 def test_strips_of_columns_where_they_pay():

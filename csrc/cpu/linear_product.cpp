@@ -109,10 +109,12 @@ void Product::run() const {
 
 const float* in_order(const Tensor& values, const Schedule& s) {
   const float* from = values.const_data_ptr<float>();
-  float* to = scratch(2, s.entries());
+  float* to = scratch(2, s.in_order());
   const LinearKernels& kernels = linear_kernels();
   torch::stable::parallel_for(0, s.entries(), 16384,
                               [&](int64_t begin, int64_t end) { kernels.gather(from, s.source, begin, end, to); });
+  torch::stable::parallel_for(0, s.exact_first[s.cells()], 64,
+                              [&](int64_t begin, int64_t end) { kernels.gather_exact(s, from, begin, end, to); });
   return to;
 }
 
@@ -127,9 +129,9 @@ void sample_strips(const LinearKernels& kernels, const Batch& batch, const float
       const int k = int(i / s.chunks), c0 = int(i % s.chunks), c1 = c0 + int(next - i);
       int64_t groups = 0, memory = STRIP_SAMPLES * s.strip_stride();
       for (int c = c0; c < c1; ++c) {
-        const int part = s.part(k, c, Schedule::STRIPS);
-        groups += s.first[part + 1] - s.first[part];
-        memory += s.strip_memory(part);
+        const Schedule::Strips strips = s.strips(k, c);
+        groups += strips.groups;
+        memory += strips.memory();
       }
       if (groups) kernels.sample_strips(s, k, c0, c1, x, in, dy, out, batch.padded(), scratch(4, memory), grad);
     }

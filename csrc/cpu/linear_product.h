@@ -59,7 +59,7 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType t
   return torch::stable::new_empty(like, shape, type);
 }
 
-// the values in the order of a schedule's entries; the calling thread's until its next call
+// the values in the order in which a schedule uses them; the calling thread's until its next call
 const float* in_order(const Tensor& values, const Schedule&);
 
 // products at the mask, each a sum over the batch; x and dy in tiles

@@ -11,8 +11,9 @@
 namespace pst {
 namespace {
 
-// header of a schedule tensor, followed by chunk_row, first, position, groups, source and column (masked_linear.h)
-enum Header { ROWS, WIDTH, NNZ, COLUMNS, CHUNKS, GROUPS, HEADER };
+// header of a schedule tensor, followed by chunk_row, first, position, exact_first, groups, exact, exact_run, exact_at, source
+// and column (masked_linear.h)
+enum Header { ROWS, WIDTH, NNZ, COLUMNS, CHUNKS, GROUPS, EXACT, RUNS, EXACT_AT, BY_COLUMNS, HEADER };
 
 constexpr int ROWS_A_CHUNK = 256;
 constexpr int64_t WIDEST_TILE = 65536;  // a column within its tile is a uint16
@@ -35,9 +36,14 @@ Schedule read_schedule(const Tensor& t, int64_t rows, int64_t width, int64_t nnz
   s.chunk_row = p + HEADER;
   s.first = s.chunk_row + s.chunks + 1;
   s.position = s.first + parts + 1;
-  s.groups = reinterpret_cast<const Group*>(s.position + parts + 1);
-  s.source = s.position + parts + 1 + p[GROUPS] * int64_t(sizeof(Group) / 4);
+  s.exact_first = s.position + parts + 1;
+  s.groups = reinterpret_cast<const Group*>(s.exact_first + s.cells() + 1);
+  s.exact = reinterpret_cast<const Exact*>(s.groups + p[GROUPS]);
+  s.exact_run = reinterpret_cast<const Run*>(s.exact + p[EXACT] + 1);
+  s.exact_at = reinterpret_cast<const int32_t*>(s.exact_run + p[RUNS]);
+  s.source = s.exact_at + p[EXACT_AT];
   s.column = reinterpret_cast<const uint16_t*>(s.source + s.entries());
+  s.by_columns = p[BY_COLUMNS];
   return s;
 }
 
@@ -56,9 +62,15 @@ struct Builder {
   std::vector<int32_t> first{0}, position{0}, source{};
   std::vector<Group> groups{};
   std::vector<uint16_t> column{};
+  std::vector<int32_t> exact_first{0}, exact_at{};
+  std::vector<Exact> exact{};
+  std::vector<Run> exact_run{};
+  int64_t exact_weights = 0;
+
+  int32_t value(int32_t at) const { return from ? from[at] : at; }
 
   void add(int32_t at, int32_t c) {
-    source.push_back(at < 0 || !from ? at : from[at]);
+    source.push_back(at < 0 ? at : value(at));
     column.push_back(uint16_t(c - tile_start));
   }
 
@@ -102,6 +114,42 @@ struct Builder {
     return columns * SHARED_COST < double(nonzeros);
   }
 
+  static std::vector<Run> runs(const int32_t* col, int length, int32_t tile_start) {
+    std::vector<Run> found;
+    for (int j = 0; j < length; ++j) {
+      if (!j || col[j] != col[j - 1] + 1 || found.back().length == UINT16_MAX)
+        found.push_back({uint16_t(col[j] - tile_start), 0});
+      ++found.back().length;
+    }
+    return found;
+  }
+
+  // strips of the runs that all rows have, or 0: where they have others, too short ones or, by columns, values of a column
+  // that do not lie side by side
+  int64_t exact_strips(const Part* parts) const {
+    const Part& a = parts[0];
+    for (int m = 1; m < GROUP; ++m) {
+      const Part& b = parts[m];
+      if (b.length != a.length || !std::equal(col + a.start, col + a.start + a.length, col + b.start)) return 0;
+      for (int j = 0; from && j < a.length; ++j)
+        if (value(b.start + j) != value(a.start + j) + m) return 0;
+    }
+    int64_t strips = 0;
+    for (const Run& run : runs(col + a.start, a.length, tile_start)) strips += run.strips();
+    return double(strips * 16) <= STRIP_WASTE * a.length ? strips : 0;
+  }
+
+  void add_exact(const Part* parts) {
+    const Part& a = parts[0];
+    const std::vector<Run> found = runs(col + a.start, a.length, tile_start);
+    exact.push_back({a.row, a.length, int32_t(exact_weights), int32_t(exact_at.size()), int32_t(exact_run.size()),
+                     int32_t(found.size()), int32_t(exact_strips(parts))});
+    exact_run.insert(exact_run.end(), found.begin(), found.end());
+    exact_weights += a.length * GROUP;
+    for (int j = 0; from && j < a.length; ++j) exact_at.push_back(value(a.start + j));
+    for (int m = 0; !from && m < GROUP; ++m) exact_at.push_back(parts[m].start);
+  }
+
   void shared(const Part* parts) {
     Group g{{}, 0, GROUP};
     for (int m = 0; m < GROUP; ++m) g.row[m] = parts[m].row;
@@ -114,7 +162,7 @@ struct Builder {
 
   void end_part() {
     while (source.size() % 16) add(-1, tile_start);
-    STD_TORCH_CHECK(source.size() <= INT32_MAX, "the packed weights of a layer are indexed with 32 bits; this mask leaves "
+    STD_TORCH_CHECK(int64_t(source.size()) + exact_weights <= INT32_MAX, "the packed weights of a layer are indexed with 32 bits; this mask leaves "
                     "more than 2147483647 with their padding: split the layer");
     first.push_back(int32_t(groups.size()));
     position.push_back(int32_t(source.size()));
@@ -141,12 +189,12 @@ struct Builder {
   // rows in ascending order, each once; columns: the tile's
   void cell(std::vector<Part>& parts, bool first_tile, int64_t columns) {
     std::vector<Part> rest;
-    std::vector<const Part*> dense, scattered;
+    std::vector<const Part*> same, dense, scattered;
     int64_t dense_strips = 0;
     for (size_t i = 0; i < parts.size();) {
       if (parts[i].row % GROUP == 0 && i + GROUP <= parts.size() && worth_sharing(&parts[i])) {
-        const int64_t n = strips(&parts[i]);
-        (n ? dense : scattered).push_back(&parts[i]);
+        const int64_t exact = exact_strips(&parts[i]), n = exact ? exact : strips(&parts[i]);
+        (exact ? same : n ? dense : scattered).push_back(&parts[i]);
         dense_strips += n;
         i += GROUP;
       } else if (parts[i].length || first_tile) {
@@ -156,9 +204,14 @@ struct Builder {
       }
     }
     if (dense_strips * 16 < columns * STRIPS_REUSED) {
-      scattered.insert(scattered.begin(), dense.begin(), dense.end());
-      dense.clear();
+      for (auto* some : {&dense, &same}) {
+        if (some == &same && from) break;  // a transposed pattern's dW does not run
+        scattered.insert(scattered.begin(), some->begin(), some->end());
+        some->clear();
+      }
     }
+    for (const Part* group : same) add_exact(group);
+    exact_first.push_back(int32_t(exact.size()));
     part(dense);
     part(scattered);
     std::stable_sort(rest.begin(), rest.end(), [](const Part& a, const Part& b) { return a.length > b.length; });
@@ -201,16 +254,20 @@ Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, in
       b.cell(parts, t == 0, std::min(columns, width - t * columns));
     }
   }
-  const int32_t header[HEADER] = {rows, int32_t(width), int32_t(nnz), int32_t(columns), chunks, int32_t(b.groups.size())};
-  const size_t group_ints = b.groups.size() * sizeof(Group) / 4;
-  const size_t ints = HEADER + chunk_row.size() + b.first.size() + b.position.size() + group_ints + b.source.size() +
-                      b.column.size() / 2;
-  Tensor out = torch::stable::new_empty(col, {int64_t(ints)});
-  int32_t* p = std::copy(header, header + HEADER, out.mutable_data_ptr<int32_t>());
-  for (const auto* part : {&chunk_row, &b.first, &b.position}) p = std::copy(part->begin(), part->end(), p);
-  std::memcpy(p, b.groups.data(), b.groups.size() * sizeof(Group));
-  p = std::copy(b.source.begin(), b.source.end(), p + group_ints);
-  std::memcpy(p, b.column.data(), b.column.size() * sizeof(uint16_t));
+  const int32_t header[HEADER] = {rows, int32_t(width), int32_t(nnz), int32_t(columns), chunks, int32_t(b.groups.size()),
+                                  int32_t(b.exact.size()), int32_t(b.exact_run.size()), int32_t(b.exact_at.size()),
+                                  perm.has_value()};
+  b.exact.push_back({rows, 0, int32_t(b.exact_weights)});
+  std::vector<int32_t> ints(header, header + HEADER);
+  const auto append = [&](const auto& part) {
+    const size_t bytes = part.size() * sizeof(part[0]), before = ints.size();
+    ints.resize(before + bytes / sizeof(int32_t));
+    if (bytes) std::memcpy(ints.data() + before, part.data(), bytes);
+  };
+  append(chunk_row), append(b.first), append(b.position), append(b.exact_first), append(b.groups), append(b.exact);
+  append(b.exact_run), append(b.exact_at), append(b.source), append(b.column);
+  Tensor out = torch::stable::new_empty(col, {int64_t(ints.size())});
+  std::memcpy(out.mutable_data_ptr<int32_t>(), ints.data(), ints.size() * sizeof(int32_t));
   return out;
 }
 

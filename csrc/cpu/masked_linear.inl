@@ -166,46 +166,77 @@ PST_INLINE void multiply_rows(const int32_t* row, int length, const uint16_t* co
   }
 }
 
-// GROUP rows that share their columns: GROUP + N loads for GROUP * N multiply-adds
+// sums[row] += weights[row] * a column of x: GROUP + N loads for GROUP * N multiply-adds
 template <int N>
-static void multiply_shared(const Group& g, const uint16_t* column, const float* weights, const float* bias, bool first,
-                            const float* x, int64_t lanes, float* y) {
+PST_INLINE void add_column(V (*sums)[N], const float* weights, const float* x) {
+  V in[N];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) in[v] = load(x + v * W);
+#pragma GCC unroll 4
+  for (int r = 0; r < GROUP; ++r) {
+    const V w = splat(weights[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sums[r][v] += w * in[v];
+  }
+}
+
+// GROUP neighbouring rows from `row` on; columns(sums) adds what they share
+template <int N, class F>
+PST_INLINE void multiply_shared(int32_t row, const float* bias, bool first, int64_t lanes, float* y, F columns) {
   V sums[GROUP][N];
-  float* out[GROUP];
+  float* out = y + row * lanes;
 #pragma GCC unroll 4
   for (int r = 0; r < GROUP; ++r) {
-    out[r] = y + g.row[r] * lanes;
-    const V start = splat(first && bias ? bias[g.row[r]] : 0);
+    const V start = splat(first && bias ? bias[row + r] : 0);
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) sums[r][v] = first ? start : load(out[r] + v * W);
+    for (int v = 0; v < N; ++v) sums[r][v] = first ? start : load(out + r * lanes + v * W);
   }
-  for (int j = 0; j < g.length; ++j, column += GROUP, weights += GROUP) {
-    V in[N];
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) in[v] = load(x + column[0] * lanes + v * W);
-#pragma GCC unroll 4
-    for (int r = 0; r < GROUP; ++r) {
-      const V w = splat(weights[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) sums[r][v] += w * in[v];
-    }
-  }
+  columns(sums);
 #pragma GCC unroll 4
   for (int r = 0; r < GROUP; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) store(out[r] + v * W, sums[r][v]);
+    for (int v = 0; v < N; ++v) store(out + r * lanes + v * W, sums[r][v]);
   }
 }
 
 template <int N>
-static void multiply_shared_lanes(const Group* g, const Group* end, const uint16_t* column, const float* weights,
-                                  const float* bias, bool first, const float* x, int64_t lanes, float* y) {
+static void multiply_exact(const Exact& e, const Run* run, const float* weights, const float* bias, bool first,
+                           const float* x, int64_t lanes, float* y) {
+  multiply_shared<N>(e.row, bias, first, lanes, y, [&](V(*sums)[N]) __attribute__((always_inline)) {
+    for (const Run* end = run + e.runs; run < end; ++run) {
+      const float* at = x + run->column * lanes;
+#pragma GCC unroll 4
+      for (int j = 0; j < run->length; ++j, at += lanes, weights += GROUP) add_column<N>(sums, weights, at);
+    }
+  });
+}
+
+template <int N>
+static void multiply_columns(const Group& g, const uint16_t* column, const float* weights, const float* bias, bool first,
+                             const float* x, int64_t lanes, float* y) {
+  multiply_shared<N>(g.row[0], bias, first, lanes, y, [&](V(*sums)[N]) __attribute__((always_inline)) {
+    for (int j = 0; j < g.length; ++j, weights += GROUP) add_column<N>(sums, weights, x + column[j * GROUP] * lanes);
+  });
+}
+
+// all exact groups of a cell, then its shared ones
+template <int N>
+static void multiply_blocks(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
+                            const float* x, int64_t lanes, float* y) {
   constexpr int S = N < SHARED_SUMS ? N : SHARED_SUMS;
   static_assert(N % S == 0);
-  for (; g < end; ++g) {
-    for (int v = 0; v < N; v += S) multiply_shared<S>(*g, column, weights, bias, first, x + v * W, lanes, y + v * W);
-    column += g->length * GROUP;
-    weights += g->length * GROUP;
+  const bool first = column_tile == 0;
+  const int part = s.part(column_tile, chunk, Schedule::STRIPS), cell = part / Schedule::PARTS;
+  const Exact* stop = s.exact + s.exact_first[cell + 1];
+  for (const Exact* e = s.exact + s.exact_first[cell]; e < stop; ++e)
+    for (int v = 0; v < N; v += S)
+      multiply_exact<S>(*e, s.exact_run + e->run, weights + s.entries() + e->weights, bias, first, x + v * W, lanes,
+                        y + v * W);
+  for (int i = part; i < s.part(column_tile, chunk, Schedule::REST); ++i) {
+    int64_t entry = s.position[i];
+    for (const Group* g = s.groups + s.first[i]; g < s.groups + s.first[i + 1]; entry += g->entries(), ++g)
+      for (int v = 0; v < N; v += S)
+        multiply_columns<S>(*g, s.column + entry, weights + entry, bias, first, x + v * W, lanes, y + v * W);
   }
 }
 
@@ -261,16 +292,14 @@ PST_INLINE void for_lanes(int lanes, F f) {
 
 static void multiply(const Schedule& s, int column_tile, int chunk, const float* weights, const float* bias,
                      const float* x, int lanes, float* y, Ahead ahead) {
-  const int shared = s.part(column_tile, chunk, Schedule::STRIPS), rest = s.part(column_tile, chunk, Schedule::REST);
+  const int rest = s.part(column_tile, chunk, Schedule::REST);
   x += int64_t(column_tile) * s.columns * lanes;
   for_lanes(lanes, [&](auto n, int lane) {
     constexpr int N = decltype(n)::value;
-    const bool first = column_tile == 0;
-    for (int part = shared; part < rest; ++part)
-      multiply_shared_lanes<N>(s.groups + s.first[part], s.groups + s.first[part + 1], s.column + s.position[part],
-                               weights + s.position[part], bias, first, x + lane, lanes, y + lane);
+    multiply_blocks<N>(s, column_tile, chunk, weights, bias, x + lane, lanes, y + lane);
     multiply_lanes<N>(s.groups + s.first[rest], s.groups + s.first[rest + 1], s.column + s.position[rest],
-                      weights + s.position[rest], bias, first, x + lane, lanes, y + lane, lane ? Ahead() : ahead);
+                      weights + s.position[rest], bias, column_tile == 0, x + lane, lanes, y + lane,
+                      lane ? Ahead() : ahead);
   });
 }
 
@@ -390,4 +419,33 @@ static void gather(const float* values, const int32_t* source, int64_t begin, in
   for (; e < end; ++e) weights[e] = source[e] < 0 ? 0 : values[source[e]];
 }
 
-constexpr LinearKernels KERNELS = {pack, unpack, gate, relu, multiply, sample, sample_shared, sample_strips, gather};
+static void gather_exact(const Schedule& s, const float* values, int64_t begin, int64_t end, float* weights) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float FourU __attribute__((vector_size(16), aligned(4), may_alias));
+  for (const Exact* e = s.exact + begin; e < s.exact + end; ++e) {
+    const int32_t* at = s.exact_at + e->at;
+    float* to = weights + s.entries() + e->weights;
+    const auto put = [&](int j, Four v) __attribute__((always_inline)) { *reinterpret_cast<FourU*>(to + j * GROUP) = v; };
+    if (s.by_columns) {
+      for (int j = 0; j < e->columns; ++j) put(j, *reinterpret_cast<const FourU*>(values + at[j]));
+      continue;
+    }
+    const float* row[GROUP] = {values + at[0], values + at[1], values + at[2], values + at[3]};
+    int j = 0;
+    for (; j + 4 <= e->columns; j += 4) {
+      Four a[GROUP];
+#pragma GCC unroll 4
+      for (int r = 0; r < GROUP; ++r) a[r] = *reinterpret_cast<const FourU*>(row[r] + j);
+      const Four l0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), h0 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
+      const Four l1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5), h1 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+      put(j, __builtin_shufflevector(l0, l1, 0, 1, 4, 5));
+      put(j + 1, __builtin_shufflevector(l0, l1, 2, 3, 6, 7));
+      put(j + 2, __builtin_shufflevector(h0, h1, 0, 1, 4, 5));
+      put(j + 3, __builtin_shufflevector(h0, h1, 2, 3, 6, 7));
+    }
+    for (; j < e->columns; ++j) put(j, Four{row[0][j], row[1][j], row[2][j], row[3][j]});
+  }
+}
+
+constexpr LinearKernels KERNELS = {pack,          unpack, gate,        relu, multiply, sample, sample_shared,
+                                   sample_strips, gather, gather_exact};

@@ -75,9 +75,29 @@ struct StripOperands {
   bool first;  // of the batch
 };
 
-// sums[strip][row][16] (+)= dy[row] * x, a strip's columns being those from start[strip] on
+// total[row] += dy[row] * x over the lanes of a batch tile; d: the first row's, x: the strips' first samples
 template <int S>
-PST_INLINE void add_strips(const StripOperands& o, const int32_t* row, const int32_t* start, float* sums) {
+PST_INLINE void add_samples(const float* d, int64_t lanes, const float* const* x, int64_t ld, V (*total)[S * STRIP_VECTORS]) {
+  constexpr int N = STRIP_VECTORS;
+  int64_t from = 0;  // one register for all strips
+#pragma GCC unroll 4
+  for (int64_t lane = 0; lane < lanes; ++lane, from += ld) {
+    V in[S * N];
+#pragma GCC unroll 4
+    for (int v = 0; v < S * N; ++v) in[v] = load(x[v / N] + from + v % N * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < GROUP; ++r) {
+      const V w = splat(d[r * lanes + lane]);
+#pragma GCC unroll 4
+      for (int v = 0; v < S * N; ++v) total[r][v] += w * in[v];
+    }
+  }
+}
+
+// sums[strip][row][16] (+)= dy[row] * x, a strip's columns being those from start[strip] on. Not inlined: its pointers would
+// be spilled among its caller's.
+template <int S>
+__attribute__((noinline)) static void add_strips(const StripOperands& o, int64_t row, const int32_t* start, float* sums) {
   constexpr int N = STRIP_VECTORS;
   for (int offset = 0; offset < 16; offset += N * W) {
     V total[GROUP][S * N];
@@ -87,28 +107,17 @@ PST_INLINE void add_strips(const StripOperands& o, const int32_t* row, const int
       for (int v = 0; v < S * N; ++v)
         total[r][v] = o.first ? V{} : load(sums + ((v / N) * GROUP + r) * 16 + offset + v % N * W);
     }
-    const float *at[S], *dy = o.dy;
+    const float *x[S], *dy = o.dy;
 #pragma GCC unroll 4
-    for (int i = 0; i < S; ++i) at[i] = o.x + start[i] + offset;
+    for (int i = 0; i < S; ++i) x[i] = o.x + start[i] + offset;
     for (int sample = 0; sample < o.samples; sample += TILE, dy += TILE * o.out) {
-      const int lanes = o.samples - sample < TILE ? o.samples - sample : TILE;
-      const float* d[GROUP];
-#pragma GCC unroll 4
-      for (int r = 0; r < GROUP; ++r) d[r] = dy + int64_t(row[r]) * lanes;
-#pragma GCC unroll 2
-      for (int lane = 0; lane < lanes; ++lane) {
-        V in[S * N];
-#pragma GCC unroll 4
-        for (int v = 0; v < S * N; ++v) in[v] = load(at[v / N] + v % N * W);
-#pragma GCC unroll 4
-        for (int i = 0; i < S; ++i) at[i] += o.ld;
-#pragma GCC unroll 4
-        for (int r = 0; r < GROUP; ++r) {
-          const V w = splat(d[r][lane]);
-#pragma GCC unroll 4
-          for (int v = 0; v < S * N; ++v) total[r][v] += w * in[v];
-        }
+      if (o.samples - sample >= TILE) {
+        add_samples<S>(dy + row * TILE, TILE, x, o.ld, total);
+      } else {
+        add_samples<S>(dy + row * (o.samples - sample), o.samples - sample, x, o.ld, total);
       }
+#pragma GCC unroll 4
+      for (int i = 0; i < S; ++i) x[i] += TILE * o.ld;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < GROUP; ++r) {
@@ -118,7 +127,26 @@ PST_INLINE void add_strips(const StripOperands& o, const int32_t* row, const int
   }
 }
 
-// grad of a group from its sums[strip][row][16]; the next group's sums
+// grad of an exact group from its sums[strip][row][16]; the next group's sums
+static const float* put_strips(const Exact& e, const Run* run, const int32_t* at, const float* sums, float* grad) {
+  int64_t column = 0;
+  for (const Run* end = run + e.runs; run < end; ++run) {
+    for (int left = run->length; left > 0; left -= 16, sums += GROUP * 16) {
+      const int count = left < 16 ? left : 16;
+      for (int r = 0; r < GROUP; ++r) {
+        if (count == 16) {
+          __builtin_memcpy(grad + at[r] + column, sums + r * 16, 16 * sizeof(float));
+        } else {
+          __builtin_memcpy(grad + at[r] + column, sums + r * 16, count * sizeof(float));
+        }
+      }
+      column += count;
+    }
+  }
+  return sums;
+}
+
+// the same of a shared group
 static const float* put_strips(const Group& g, const uint16_t* column, const int32_t* source, const float* sums,
                                float* grad) {
   for (int j = 0; j < g.length; sums += GROUP * 16) {
@@ -144,43 +172,57 @@ static const float* put_strips(const Group& g, const uint16_t* column, const int
   return sums;
 }
 
-// The groups of a cell that run in strips
-struct StripPart {
-  const Group *begin, *end;
+// The groups of a cell that run in strips: its exact ones, then others
+struct StripCell {
+  const Exact *exact, *exact_end;
+  const Group *groups, *groups_end;
   int64_t entry;
   float* sums;      // [strips][row][16]
   int32_t* starts;  // [strips]
   int32_t* ends;    // [groups] into strips
+  int count;        // of groups
   int most;         // strips of a group
 
-  PST_INLINE void find(const Schedule& s, int part, float*& memory) {
-    begin = s.groups + s.first[part];
-    end = s.groups + s.first[part + 1];
+  PST_INLINE void find(const Schedule& s, int column_tile, int chunk, float*& memory) {
+    const int part = s.part(column_tile, chunk, Schedule::STRIPS), cell = part / Schedule::PARTS;
+    exact = s.exact + s.exact_first[cell];
+    exact_end = s.exact + s.exact_first[cell + 1];
+    groups = s.groups + s.first[part];
+    groups_end = s.groups + s.first[part + 1];
     entry = s.position[part];
+    const Schedule::Strips strips = s.strips(column_tile, chunk);
     sums = memory;
-    most = 0;
-    const int64_t strips = s.strips_at_most(part);
-    starts = reinterpret_cast<int32_t*>(sums + strips * GROUP * 16);
-    ends = starts + strips;
-    memory += s.strip_memory(part);
-    int count = 0;
+    starts = reinterpret_cast<int32_t*>(sums + strips.most * GROUP * 16);
+    ends = starts + strips.most;
+    memory += strips.memory();
+    int at = 0;
+    count = most = 0;
+    const auto end = [&] {
+      const int own = at - (count ? ends[count - 1] : 0);
+      most = own > most ? own : most;
+      ends[count++] = at;
+    };
+    for (const Exact* e = exact; e < exact_end; ++e, end())
+      for (const Run* run = s.exact_run + e->run; run < s.exact_run + e->run + e->runs; ++run)
+        for (int j = 0; j < run->length; j += 16) starts[at++] = run->column + j;
     const uint16_t* column = s.column + entry;
-    for (const Group* g = begin; g < end; column += g->entries(), ++g) {
-      const int before = count;
-      for (int j = 0; j < g->length; j = end_of_strip(column, j, g->length)) starts[count++] = column[j * GROUP];
-      ends[g - begin] = count;
-      most = count - before > most ? count - before : most;
-    }
+    for (const Group* g = groups; g < groups_end; column += g->entries(), ++g, end())
+      for (int j = 0; j < g->length; j = end_of_strip(column, j, g->length)) starts[at++] = column[j * GROUP];
+  }
+
+  PST_INLINE int64_t row(int group) const {
+    const int exacts = int(exact_end - exact);
+    return group < exacts ? exact[group].row : groups[group - exacts].row[0];
   }
 
   PST_INLINE void add(const StripOperands& operands) const {
     for (int visit = 0; visit < most; visit += STRIPS_VISITED) {
       int i = visit;
-      for (const Group* g = begin; g < end; i = visit + ends[g - begin], ++g) {
-        const int stop = ends[g - begin] < i + STRIPS_VISITED ? ends[g - begin] : i + STRIPS_VISITED;
+      for (int g = 0; g < count; i = visit + ends[g++]) {
+        const int stop = ends[g] < i + STRIPS_VISITED ? ends[g] : i + STRIPS_VISITED;
         const auto run = [&](auto c) {
           constexpr int C = decltype(c)::value;
-          for (; i + C <= stop; i += C) add_strips<C>(operands, g->row, starts + i, sums + i * GROUP * 16);
+          for (; i + C <= stop; i += C) add_strips<C>(operands, row(g), starts + i, sums + i * GROUP * 16);
         };
         run(std::integral_constant<int, STRIPS_TOGETHER>());
         if constexpr (STRIPS_TOGETHER > 3) run(std::integral_constant<int, 3>());
@@ -192,8 +234,10 @@ struct StripPart {
 
   PST_INLINE void put(const Schedule& s, float* grad) const {
     const float* from = sums;
+    for (const Exact* e = exact; e < exact_end; ++e)
+      from = put_strips(*e, s.exact_run + e->run, s.exact_at + e->at, from, grad);
     int64_t at = entry;
-    for (const Group* g = begin; g < end; at += g->entries(), ++g)
+    for (const Group* g = groups; g < groups_end; at += g->entries(), ++g)
       from = put_strips(*g, s.column + at, s.source + at, from, grad);
   }
 };
@@ -207,8 +251,8 @@ static void sample_strips(const Schedule& s, int column_tile, int c0, int c1, co
   for (int64_t at = columns; at < STRIP_SAMPLES * ld; at += ld)
     __builtin_memset(rows + at, 0, (ld - columns) * sizeof(float));
   memory += STRIP_SAMPLES * ld;
-  StripPart parts[MOST_CHUNKS];
-  for (int c = c0; c < c1; ++c) parts[c - c0].find(s, s.part(column_tile, c, Schedule::STRIPS), memory);
+  StripCell cells[MOST_CHUNKS];
+  for (int c = c0; c < c1; ++c) cells[c - c0].find(s, column_tile, c, memory);
   for (int64_t t = 0; t < padded; t += STRIP_SAMPLES, x += STRIP_SAMPLES * in, dy += STRIP_SAMPLES * out) {
     const int samples = int(padded - t < STRIP_SAMPLES ? padded - t : STRIP_SAMPLES);
     for (int sample = 0; sample < samples; sample += TILE) {
@@ -219,7 +263,7 @@ static void sample_strips(const Schedule& s, int column_tile, int c0, int c1, co
                     rows + sample * ld, ld);
     }
     const StripOperands operands = {dy, rows, out, ld, samples, t == 0};
-    for (int c = c0; c < c1; ++c) parts[c - c0].add(operands);
+    for (int c = c0; c < c1; ++c) cells[c - c0].add(operands);
   }
-  for (int c = c0; c < c1; ++c) parts[c - c0].put(s, grad);
+  for (int c = c0; c < c1; ++c) cells[c - c0].put(s, grad);
 }
