@@ -40,6 +40,17 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "filter_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, int[] stride, "
       "int[] padding, int[] dilation, bool need_x, bool need_weight) -> (Tensor, Tensor)");
 
+  // kernels/filter_conv2d_norm.py: behind a convolution, act((y - mean) / sqrt(var + eps) * weight + bias + residual);
+  // channels_last images, mean and var float32 [C]
+  m.def(
+      "filter_conv2d_norm(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+      "bool relu, bool batch_stats) -> Tensor");
+  // z: the output, of a ReLU behind a sum -> gradients of y and of the sum (each empty unless needed), [2, C]: of bias
+  // and weight
+  m.def(
+      "filter_conv2d_norm_backward(Tensor grad, Tensor y, Tensor? z, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor? bias, float eps, bool relu, bool batch_stats, bool need_y, bool need_sum) -> (Tensor, Tensor, Tensor)");
+
   // the order in which the kernels walk a pattern (csrc/cpu/masked_linear.h)
   m.def("linear_schedule(Tensor row_ptr, Tensor col, Tensor? perm, int width, int columns) -> Tensor");
   // -> y, x in tiles (empty unless keep)

@@ -85,6 +85,34 @@ def _forward(
 
 
 @triton.jit
+def _join(parts, found, blocks, OC, pixels, each, BB: tl.constexpr, BN: tl.constexpr):
+    """Mean and biased variance of all pixels from the parts that :func:`_forward` wrote."""
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    kept = outs < OC
+    base = tl.load(parts + outs, mask=kept, other=0.0)  # sums of what is near zero round least
+    mean = tl.zeros((BN,), dtype=tl.float32)
+    for first in range(0, blocks, BB):
+        block = first + tl.arange(0, BB)
+        count = tl.minimum(pixels - block * each, each).to(tl.float32)
+        whole = (block < blocks)[:, None] & kept[None, :]
+        at = parts + block.to(tl.int64)[:, None] * 2 * OC + outs[None, :]
+        off = tl.load(at, mask=whole, other=0.0) - base[None, :]
+        mean += tl.sum(tl.where(whole, off * count[:, None], 0.0), axis=0)
+    mean = base + mean / pixels
+    squares = tl.zeros((BN,), dtype=tl.float32)
+    for first in range(0, blocks, BB):
+        block = first + tl.arange(0, BB)
+        count = tl.minimum(pixels - block * each, each).to(tl.float32)
+        whole = (block < blocks)[:, None] & kept[None, :]
+        at = parts + block.to(tl.int64)[:, None] * 2 * OC + outs[None, :]
+        off = tl.load(at, mask=whole, other=0.0) - mean[None, :]
+        more = tl.load(at + OC, mask=whole, other=0.0) + count[:, None] * off * off
+        squares += tl.sum(tl.where(whole, more, 0.0), axis=0)
+    tl.store(found + outs, mean, mask=kept)
+    tl.store(found + OC + outs, squares / pixels, mask=kept)
+
+
+@triton.jit
 def _input_gradient(
     grad, w, out, in_index, out_index,
     H, W, OH, OW, C, OC, N,
@@ -253,11 +281,13 @@ def forward(
 
 def _combined(parts: Tensor, pixels: int, each: int) -> Tensor:
     """Mean and variance of all pixels from those of tiles of ``each`` pixels, the last one shorter."""
-    counts = torch.full((len(parts), 1), each, dtype=torch.float32, device=parts.device)
-    counts[-1:] = pixels - (len(parts) - 1) * each
-    means, squares = parts[:, 0], parts[:, 1]
-    mean = (means * counts).sum(0) / pixels
-    return torch.stack([mean, (squares + counts * (means - mean).square()).sum(0) / pixels])
+    outputs = parts.shape[2]
+    found = torch.empty((2, outputs), dtype=torch.float32, device=parts.device)
+    if not pixels:
+        return found.fill_(math.nan)
+    blocks = _power(len(parts), 16, 512)
+    _join[(triton.cdiv(outputs, 8),)](parts, found, len(parts), outputs, pixels, each, blocks, 8, num_warps=4)
+    return found
 
 
 def input_gradient(

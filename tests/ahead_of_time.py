@@ -44,6 +44,7 @@ def compiled(fn, types: dict, constants: dict, arch: int, warps: int, stages: in
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx, report = kernel.asm["ptx"], _ptxas(kernel.asm["ptx"], arch)
     buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x[bf]", kernel.asm["ttgir"])
+    loads = re.findall(r"\bld\.global\S*?\.v(\d)\.b(\d+)", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+),", ptx)
     return {
         "kernel": fn.__name__,
@@ -59,6 +60,7 @@ def compiled(fn, types: dict, constants: dict, arch: int, warps: int, stages: in
         "bulk_copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "copy_bytes": sorted({int(size, 0) for size in copies}),
+        "load_bytes": max((int(n) * int(bits) // 8 for n, bits in loads), default=0),
         "in_flight": max(map(int, re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)), default=0),
         "buffers": max(map(int, buffers), default=0),
     }

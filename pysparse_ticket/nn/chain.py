@@ -7,7 +7,6 @@ Only the model's ``forward`` changes (``nn/rewritten.py``); nothing is packed or
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 
 import torch
 import torch.fx
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from ..ops.masked_conv2d import is_channels_last
 from ..ops.tiled_conv2d import tile_pack, tile_unpack, tiled_conv2d, tiled_mean
 from ..ops.tiled_norm_conv2d import Raw, tiled_norm, tiled_norm_conv2d
-from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .filter_sparse_conv2d import FilterSparseConv2d
 from .linear_chain import chain_linears, find_linear_runs, linear_names
 from .masked_conv2d import MaskedConv2d, resolve_padding
 from .rewritten import RewrittenForward, own_forward, rewrite_forward
 from .tile_operands import Tileable, drop_pattern, keep_pattern, operands
-from .trace import is_relu, trace
-
-NORMS = (nn.BatchNorm2d, CompactBatchNorm2d)
+from .trace import trace
+from .units import Unit, find_units
 
 
 class TiledChain(RewrittenForward):
@@ -37,17 +35,6 @@ class TiledChain(RewrittenForward):
         """float32 on the CPU, and half precision where autocast casts as the kernels do."""
         half = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu")
         return x.device.type == "cpu" and (x.dtype == torch.float32 or half)
-
-
-@dataclass
-class _Unit:
-    """conv, then norm, then + residual, then ReLU, as far as each is there; ``nodes`` ends with the last of them."""
-
-    conv: torch.fx.Node
-    nodes: list[torch.fx.Node]
-    norm: str | None = None
-    residual: torch.fx.Node | None = None
-    relu: bool = False
 
 
 def tile_chain(model: nn.Module) -> nn.Module:
@@ -80,35 +67,9 @@ def untile(model: nn.Module) -> nn.Module:
     return own_forward(model)
 
 
-def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[torch.fx.Node, _Unit]:
+def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[torch.fx.Node, Unit]:
     """{last node of the unit: unit}, in the order of the graph."""
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-    taken: set[torch.fx.Node] = set()
-    units = []
-
-    def only_user(node: torch.fx.Node) -> torch.fx.Node | None:
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        return None if user in taken else user
-
-    for node in graph.nodes:
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if module is None or not _tileable(module) or calls.count(node.target) > 1:
-            continue
-        unit = _Unit(node, [node])
-        user = only_user(node)
-        if user is not None and user.op == "call_module" and type(modules[user.target]) in NORMS:
-            unit.norm = user.target
-            unit.nodes.append(user)
-            user = only_user(user)
-        if user is not None and (other := _other_summand(user, unit.nodes[-1])) is not None:
-            unit.residual = other
-            unit.nodes.append(user)
-            user = only_user(user)
-        if user is not None and is_relu(user, modules):
-            unit.relu = True
-            unit.nodes.append(user)
-        taken.update(unit.nodes)
-        units.append(unit)
+    units = find_units(graph, modules, _tileable)
     return {unit.nodes[-1]: unit for unit in _beside_sparse(units, modules)}
 
 
@@ -123,7 +84,7 @@ def _tileable(module: nn.Module) -> bool:
     return plain and resolve_padding(module) is not None
 
 
-def _beside_sparse(units: list[_Unit], modules: dict[str, nn.Module]) -> list[_Unit]:
+def _beside_sparse(units: list[Unit], modules: dict[str, nn.Module]) -> list[Unit]:
     """Without the whole convolutions that would be packed and unpacked for nobody."""
     kept = {unit.nodes[-1] for unit in units if type(modules[unit.conv.target]) is not nn.Conv2d}
     grows = True
@@ -139,19 +100,6 @@ def _beside_sparse(units: list[_Unit], modules: dict[str, nn.Module]) -> list[_U
     return [unit for unit in units if unit.nodes[-1] in kept]
 
 
-def _other_summand(node: torch.fx.Node, one: torch.fx.Node) -> torch.fx.Node | None:
-    functions = (operator.add, operator.iadd, torch.add)
-    is_add = (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target in ("add", "add_")
-    )
-    if not is_add or len(node.args) != 2 or node.kwargs:
-        return None
-    first, second = node.args
-    other = second if first is one else first
-    # a parameter or buffer has no samples, and is broadcast
-    return other if isinstance(other, torch.fx.Node) and other is not one and other.op != "get_attr" else None
-
-
 def _is_global_mean(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """ "flat" for a mean over the pixels to ``[N, C]``, "pooled" for one to ``[N, C, 1, 1]``, else None."""
     if node.op == "call_module" and type(modules[node.target]) is nn.AdaptiveAvgPool2d:
@@ -164,7 +112,7 @@ def _is_global_mean(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str |
     return None
 
 
-def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, _Unit], modules: dict[str, nn.Module]) -> torch.fx.Graph:
+def _rewrite(graph: torch.fx.Graph, units: dict[torch.fx.Node, Unit], modules: dict[str, nn.Module]) -> torch.fx.Graph:
     """The graph with each unit as one call on tiles, packing and unpacking only where a neighbour is not ours."""
     halo = max(max(resolve_padding(modules[unit.conv.target])) for unit in units.values())
     inner = {node for unit in units.values() for node in unit.nodes[:-1]}

@@ -12,6 +12,7 @@ from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sit
 from .chain import chained_layers, tile_chain
 from .dense_state import DenseState
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .fused_norms import FUSED_NORM, fuse_norms
 from .linear_stack import stack_linears, stacked_layers
 from .masked import MaskedModule
 from .masked_conv2d import MaskedConv2d
@@ -21,6 +22,7 @@ from .swaps import Swaps
 MASKED = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
 FORMATS = (*dict.fromkeys((*MaskedConv2d.FORMATS, *MaskedLinear.FORMATS)), "tiled", "stacked")
 Formatted = MaskedModule | FilterSparseConv2d
+ONE_PIECE = {"tiled": "chain of tiles", FUSED_NORM: "fused norms"}  # arms that some shapes of a run are refused by
 
 
 def choose_layer(
@@ -89,7 +91,7 @@ def choose_filters(
     """How each convolution of kept filters runs: as asked for or, with a sample to time it on, the fastest."""
     rows = {row.layer: row for row in result.layers if isinstance(model.get_submodule(row.layer), FilterSparseConv2d)}
     for name, row in rows.items():
-        if forced.get(name) == "fused":
+        if forced.get(name) in ("fused", FUSED_NORM):
             model.get_submodule(name).set_format("fused")
             row.format, row.why = "fused", "asked for"
     if x is None:
@@ -135,12 +137,14 @@ def choose_model(
     result: Plan,
     cache: PlanCache,
 ) -> None:
-    """Run the model tiled, layer by layer or dense: raced against ``dense`` if that is given, else as asked for."""
+    """Run the model in one piece, layer by layer or dense: raced against ``dense`` if given, else as asked for."""
     if dense is None:
         if "tiled" in forced.values():
             _tile(model, result, "asked for")
         if "stacked" in forced.values():
             _stack(model, result, "asked for")
+        if FUSED_NORM in forced.values():
+            _fuse_norms(model, result, "asked for")
         return
     arms = {"dense": dense, "layers": model}
     if not x.is_cuda:  # chains of tiles and stacks are the CPU's; elsewhere they run their modules one by one
@@ -149,15 +153,21 @@ def choose_model(
         except ValueError as reason:
             result.notes.append(f"no chain of tiles: {reason}")
         _add_stacked(arms)
+    if any(row.format == "fused" for row in result.layers):
+        try:
+            arms[FUSED_NORM] = _fuse_norms(copy.deepcopy(model))
+        except ValueError as reason:
+            result.notes.append(f"no fused norms: {reason}")
     formats = [(row.layer, row.format, round(row.sparsity, 2)) for row in result.layers]
     key = cache.key("step", dense, tuple(x.shape), x.stride(), formats, sorted(arms))
     try:
         try:
             times = cache.get_or_race(key, lambda: race_steps(arms, x))
         except ValueError as reason:  # shapes that only a run shows, such as a sum that broadcasts
-            if arms.pop("tiled", None) is None:
+            gone = [what for arm, what in ONE_PIECE.items() if arms.pop(arm, None) is not None]
+            if not gone:
                 raise
-            result.notes.append(f"no chain of tiles: {reason}")
+            result.notes.extend(f"no {what}: {reason}" for what in gone)
             times = cache.get_or_race(key, lambda: race_steps(arms, x))
     except (TypeError, AttributeError, RuntimeError) as error:  # an output that is no tensor, a frozen model
         result.notes.append(f"whole training step: not timed ({error})")
@@ -178,6 +188,8 @@ def choose_model(
         _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
     elif best == "stacked":
         _stack(model, result, f"as one call, the whole step takes {result.step_ratio:.2f} of the dense one's")
+    elif best == FUSED_NORM:
+        _fuse_norms(model, result, f"norm fused, the whole step takes {result.step_ratio:.2f} of the dense one's")
 
 
 def _fastest(times: Mapping[str, float]) -> str:
@@ -224,6 +236,11 @@ def _stack(model: nn.Module, result: Plan, why: str) -> None:
     names = stacked_layers(model)
     stack_linears(model)
     _note(result, names, "stacked", why)
+
+
+def _fuse_norms(model: nn.Module, result: Plan | None = None, why: str = "") -> nn.Module:
+    _note(result, fuse_norms(model), FUSED_NORM, why)
+    return model
 
 
 def _note(result: Plan | None, names: list[str], format: str, why: str) -> None:

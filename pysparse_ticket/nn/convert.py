@@ -17,12 +17,14 @@ from .choose import FORMATS, choose_filters, choose_layer, choose_model, run_den
 from .compact_layers import CompactDepthwiseConv2d, CompactLinear
 from .dense_state import DenseState
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
+from .fused_norms import FUSED_NORM
 from .layer_skip import LayerSkip
 from .masked import MaskedModule
 from .spare import spare_units, stay_zero
 from .swaps import Swaps
 
-COMPACT_FORMATS = ("compact", "fused", "tiled", "dense", "auto")  # of a layer that loses filters or input channels
+# of a layer that loses filters or input channels
+COMPACT_FORMATS = ("compact", "fused", FUSED_NORM, "tiled", "dense", "auto")
 
 
 def sparsify(
@@ -39,14 +41,15 @@ def sparsify(
     sample     an input batch (or a batch whose first entry is the input), of the shape and memory format that
                training will have. With it each masked layer's formats are raced and the fastest kept; then the
                whole step is raced dense, layer by layer, and with the sparse convolutions in one chain of batch tiles
-               (``nn/chain.py``) or its dense linear layers as one call (``nn/linear_stack.py``), and the fastest
-               kept. Without it every masked layer is packed.
+               (``nn/chain.py``), its dense linear layers as one call (``nn/linear_stack.py``) or the norms behind
+               "fused" convolutions in their ops (``nn/fused_norms.py``), and the fastest kept. Without it every masked
+               layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "stacked" for dense linear layers as one call, "tiles" or "pixels" for the layout of the convolutions,
                "2:4", "blocks" or "reordered" for linear layers that can; or
                {layer name: format}, as for a rerun that must take the same kernels to end with the same bits. Layers
-               that lose filters are "compact", "fused", "tiled" or, all of them, "dense"
+               that lose filters are "compact", "fused", "fused norm", "tiled" or, all of them, "dense"
     round_to   filters are filled up with zeros to a multiple of this, where one step on the sample shows that they stay
                zero; None: 8 on a GPU, whose matrix units take channels by eights, else 1
 

@@ -67,11 +67,15 @@ class FilterSparseConv2d(DenseState):
         self.format = format
 
     def forward(self, x: Tensor) -> Tensor:
+        convolve = filter_conv2d if self.format == "fused" else filter_conv2d_reference
+        return convolve(x, *self.operands())
+
+    def operands(self) -> tuple:
+        """What the ops of ``ops/filter_conv2d*.py`` take behind x."""
         in_index = None if self.compact_in or len(self.in_index) == self.in_channels else self.in_index
         out_index = None if self.compact_out or len(self.out_index) == self.out_channels else self.out_index
         geometry = (self.stride, self.padding, self.dilation)
-        convolve = filter_conv2d if self.format == "fused" else filter_conv2d_reference
-        return convolve(x, self.weight, self.bias, in_index, out_index, self.out_channels, *geometry)
+        return self.weight, self.bias, in_index, out_index, self.out_channels, *geometry
 
     def tile_mask(self) -> Tensor:
         """bool ``[O, C, kh, kw]`` of the weights that there are, over the channels that input and output have: the kept
