@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pysparse_ticket as pst
 from pysparse_ticket.models import build
-from pysparse_ticket.ops.library import use_backend
+from pysparse_ticket.ops.library import backend_of, use_backend
 
 ATEN = torch.ops.aten
 READS = {  # ops whose result, or its size, the host has to wait for
@@ -111,6 +111,26 @@ def test_a_training_step_never_waits_for_the_device(ticket, plan):
             masked_step(model, optimizer, x, y)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+def test_a_step_with_fused_norms_never_waits_for_the_device(momentum):
+    """The Python side of filter_conv2d_norm: the kernels run, interpreted where there is no GPU, inside of ops."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6, momentum=momentum), nn.ReLU(), nn.Conv2d(6, 4, 3)),
+        *(nn.BatchNorm2d(4, momentum=momentum), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    ticket = pst.at_init(model, score="magnitude", granularity="filter", remove=2)
+    model = pst.sparsify(model.to(device), ticket, plan="fused norm").train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    x, y = batch(2)
+    x, y = x.to(device), y.to(device)
+    with use_backend("triton"):
+        masked_step(model, optimizer, x, y)
+        with NoHostSync(), NoCopyToHost():
+            masked_step(model, optimizer, x, y)
+    assert backend_of("filter_conv2d_norm") == "triton" and int(model[1].num_batches_tracked) == 2
+
+
 @pytest.mark.parametrize(
     "wait",
     [
@@ -137,6 +157,7 @@ def small_resnet(size):
 CAPTURED = {
     "layer": ("resnet", {"score": "random", "granularity": "layer", "remove": 3}, "auto", "sgd"),
     "filter": ("resnet", {"score": "magnitude", "granularity": "filter", "remove": 60}, "auto", "sgd"),
+    "fused norm": ("resnet", {"score": "magnitude", "granularity": "filter", "remove": 60}, "fused norm", "sgd"),
     "weight": ("resnet", {"score": "magnitude", "granularity": "weight", "sparsity": 0.9}, "packed", "sgd"),
     "masked layers": ("mlp", {"score": "magnitude", "granularity": "weight", "sparsity": 0.9}, "packed", "adam"),
     "masked layers that run dense": (
