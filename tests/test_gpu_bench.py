@@ -7,7 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import block_matmul, ceilings, filter_conv, joules, models, program, record, run, stages, timing, unstructured
+from gpu import (
+    block_matmul,
+    ceilings,
+    filter_conv,
+    filter_norm,
+    joules,
+    models,
+    program,
+    record,
+    run,
+    stages,
+    timing,
+    unstructured,
+)
 from gpu.joules import Energies, StepEnergy, step_energy
 from gpu.linear_arms import Problem
 from gpu.program import Arm, Recorder, attempt, compared, options, passes, race
@@ -342,6 +355,12 @@ def test_filter_conv(toy):
     total = next(row for row in found.rows if row.shape == filter_conv.ALL and row.arm == "compact")
     steps = [row for row in found.rows if row.arm == "compact" and row.what == "step" and row.shape != filter_conv.ALL]
     assert total.ours == pytest.approx(2 * steps[0].ours + steps[1].ours) and total.goal == 2.8
+
+
+def test_filter_norm(toy):
+    found = toy(filter_norm.main)
+    assert measured(found) == {(arm, name) for arm in filter_norm.ARMS for name in ("forward", "step")}
+    assert {row.rival for row in found.rows} <= {"cuDNN", "compiled"}
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -23,6 +23,7 @@ PLAN = (
     ("model resnet56", ("gpu.models", "resnet56"), 150),
     ("unstructured", ("gpu.unstructured",), 60),
     ("filter conv", ("gpu.filter_conv",), 50),
+    ("filter norm", ("gpu.filter_norm",), 40),
     ("block 128", ("gpu.block_matmul", "--only", "block 128."), 40),
     ("block 32", ("gpu.block_matmul", "--only", "block 32."), 40),
     ("model resnet50", ("gpu.models", "resnet50"), 150),
