@@ -185,6 +185,7 @@ def test_a_small_case_is_right_or_stops(dtype):
     masked.forward = lambda x: MaskedLinear.forward(masked, x) * 1.1
     with pytest.raises(SystemExit, match=r"linear, torch\..*: wrong by"):
         sanitize.check("linear", masked, x, dtype)
+    assert sanitize.check_fused_norm((2, 6, 5), 4, 2, dtype, "cpu") < LIMITS[dtype]
 
 
 def test_relative_error_of_nan_and_of_another_shape_is_infinite():

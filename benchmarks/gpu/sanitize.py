@@ -8,6 +8,7 @@ Small, so that the tool's slowness leaves it a few seconds; odd, so that every e
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from gpu.checks import LIMITS, relative_error, strict_float32
 from pysparse_ticket.granularity import expand_blocks
 from pysparse_ticket.nn import FilterSparseConv2d, MaskedConv2d, MaskedLinear
+from pysparse_ticket.ops.filter_conv2d_norm import filter_conv2d_norm
 
 LINEAR = ((37, 70, 53), (130, 200, 136))  # samples, input and output features
 CONV = ((3, 20, 9, 24, 1), (2, 17, 10, 19, 2))  # images, input channels, side, filters, stride
@@ -91,6 +93,36 @@ def check(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
     return worst
 
 
+def check_fused_norm(size: tuple[int, ...], filters: int, stride: int, dtype: torch.dtype, device: str) -> float:
+    """The same of a filter convolution with batch norm, add and ReLU behind it in one op, in training."""
+    images, channels, side = size
+    keep = torch.arange(filters, device=device) % 3 != 1, torch.arange(channels, device=device) % 2 == 0
+    conv = FilterSparseConv2d.from_dense(nn.Conv2d(channels, filters, 3, stride, 1, bias=False).to(device), *keep)
+    conv.set_format("fused")
+    norm = nn.BatchNorm2d(filters, device=device)
+    exact, wide = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+    exact.set_format("compact")
+    x = torch.randn(images, channels, side, side, device=device, requires_grad=True)
+    leaf = x.detach().double().requires_grad_()
+    sums = wide(exact(leaf))
+    residual = torch.randn(sums.shape, device=device).to(dtype).requires_grad_()
+    more = residual.detach().double().requires_grad_()
+    sums = sums + more
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+        y = filter_conv2d_norm(x, *conv.operands(), norm=norm, residual=residual, relu=True)
+    # near zero a rounding decides whether the ReLU passes a gradient
+    grad = torch.randn(sums.shape, device=device) * (sums.detach().abs() > 0.1)
+    y.backward(grad.to(y.dtype))
+    sums.relu().backward(grad.double())
+    pairs = [(y, sums.relu()), (x.grad, leaf.grad), (residual.grad, more.grad), (conv.weight.grad, exact.weight.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(norm.parameters(), wide.parameters(), strict=True)]
+    pairs += [(norm.running_mean, wide.running_mean), (norm.running_var, wide.running_var)]
+    worst = max(relative_error(a, b) for a, b in pairs)
+    if not worst < LIMITS[dtype]:
+        raise SystemExit(f"fused norm of {size}, {dtype}: wrong by {worst:.1e}")
+    return worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -103,6 +135,10 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for name, module, x in modules(options.device):
                 print(f"{name}, {dtype}: {check(name, module, x, dtype):.1e}", flush=True)
+                count += 1
+            for *size, filters, stride in CONV:
+                error = check_fused_norm(tuple(size), filters, stride, dtype, options.device)
+                print(f"fused norm of {size}, {dtype}: {error:.1e}", flush=True)
                 count += 1
     if options.device == "cuda":
         torch.cuda.synchronize()
