@@ -164,7 +164,7 @@ def test_the_race_of_whole_steps_decides(monkeypatch):
     assert isinstance(model, FusedNorms) and pst.plan(model).step_ratio == 0.5
     rows = pst.plan(model).layers
     assert {(r.format, r.why) for r in rows} == {
-        ("fused norm", "fused norm, the whole step takes 0.50 of the dense one's")
+        ("fused norm", "norm fused, the whole step takes 0.50 of the dense one's")
     }
     again, ticket = model_and_ticket()
     again = pst.sparsify(again, ticket, plan={row.layer: row.format for row in rows})
