@@ -124,7 +124,8 @@ def test_a_norm_over_all_processes_and_another_format_run_one_by_one():
     fused[3].bn2.register_forward_hook(lambda *_: seen.append("bn2"))
     fused[3].conv1.set_format("compact")
     fused[3].bn1.register_forward_hook(lambda *_: seen.append("bn1"))
-    assert relative(fused(x), expected) < 1e-5 and seen == ["bn1", "bn2"]
+    with use_backend("triton"):  # the reference would call the norms too
+        assert relative(fused(x), expected) < 1e-5 and seen == ["bn1", "bn2"]
     other = pst.densify(copy.deepcopy(fused))
     other[3].bn1 = nn.SyncBatchNorm(8)
     with pytest.raises(ValueError, match="Sequential has no batch norm behind a fused convolution"):
