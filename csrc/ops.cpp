@@ -71,6 +71,15 @@ STABLE_TORCH_LIBRARY(pysparse_ticket, m) {
       "masked_linear_tiles_backward(Tensor grad, Tensor x, Tensor values, Tensor? out, Tensor[] tiles, int[] shape, "
       "int[] tile, str activation, ScalarType dtype, bool need_x, bool need_values, bool need_bias) "
       "-> (Tensor, Tensor, Tensor)");
+  // The same of a convolution (ops/conv_tiles.py), x and y channels_last -> y, masked values as above
+  m.def(
+      "masked_conv2d_tiles(Tensor x, Tensor values, Tensor? bias, Tensor[] tiles, int[] shape, int[] tile, "
+      "int[] stride, int[] padding, int[] dilation, bool clean, bool keep) -> (Tensor, Tensor)");
+  // -> gradients of x and of values (of dtype), each empty unless needed
+  m.def(
+      "masked_conv2d_tiles_backward(Tensor grad, Tensor x, Tensor values, Tensor[] tiles, int[] shape, int[] tile, "
+      "int[] stride, int[] padding, int[] dilation, ScalarType dtype, bool need_x, bool need_values) "
+      "-> (Tensor, Tensor)");
   // Chains of linear layers on tiles, flat tensors (csrc/cpu/masked_linear.h); x [samples, features]
   m.def("linear_pack(Tensor x) -> Tensor");
   m.def("linear_unpack(Tensor tiles, SymInt samples, SymInt features) -> Tensor");

@@ -14,22 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .parts import channels_last, conv_precision, coordinates, multiply, new_image, pixel_strides
+
 Pair = tuple[int, int]
-
-
-@triton.jit
-def _pixel(m, height, width):
-    """Number m of an image of this height and width to its (image, row, column)."""
-    column = m % width
-    rest = m // width
-    return rest // height, rest % height, column
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # triton's interpreter keeps bfloat16 as integers, and multiplies those
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee" if PRECISION == "widened" else PRECISION)
 
 
 @triton.jit
@@ -44,7 +31,7 @@ def _forward(
     """y[m, o] = bias[o] + sum over taps and channels of x[m * stride + tap, c] * w[o, tap, c]."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     outs = tl.program_id(1) * BN + tl.arange(0, BN)
-    n, oh, ow = _pixel(rows, OH, OW)
+    n, oh, ow = coordinates(rows, OH, OW)
     image = x + n.to(tl.int64) * x_n
     inside, kept = rows < M, outs < OC
     channel = tl.arange(0, BK)
@@ -64,7 +51,7 @@ def _forward(
             mask=kept[None, :] & known[:, None],
             other=0.0,
         )
-        total = _dot(a, b, total, PRECISION)
+        total = multiply(a, b, total, PRECISION)
     if BIAS:
         total += tl.load(bias + outs, mask=kept, other=0.0).to(tl.float32)[None, :]
     written = total.to(y.dtype.element_ty)
@@ -136,7 +123,7 @@ def _input_gradient(
     taps_h, taps_w = tl.cdiv(KH - first_h, STEP_H), tl.cdiv(KW - first_w, STEP_W)
 
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    n, i, j = _pixel(rows, tl.maximum(height, 1), tl.maximum(width, 1))  # a phase beyond a small image has no pixel
+    n, i, j = coordinates(rows, tl.maximum(height, 1), tl.maximum(width, 1))  # a phase beyond a small image is empty
     h, wide = i * SH + phase_h, j * SW + phase_w
     inside = rows < N * height * width
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -160,7 +147,7 @@ def _input_gradient(
             mask=known[:, None] & kept[None, :],
             other=0.0,
         )
-        total = _dot(a, b, total, PRECISION)
+        total = multiply(a, b, total, PRECISION)
     to = tl.load(in_index + cols, mask=kept, other=0) if SCATTER else cols
     pixel = out + n.to(tl.int64) * x_n + h.to(tl.int64) * x_h + wide.to(tl.int64) * x_w
     tl.store(pixel[:, None] + to[None, :], total.to(out.dtype.element_ty), mask=inside[:, None] & kept[None, :])
@@ -187,14 +174,14 @@ def _weight_gradient(
     for start in range(part * each, tl.minimum(part * each + each, M), BK):
         m = start + pixels
         inside = m < M
-        n, oh, ow = _pixel(m, OH, OW)
+        n, oh, ow = coordinates(m, OH, OW)
         ih, iw = oh * SH - PH + tap // KW * DH, ow * SW - PW + tap % KW * DW
         seen = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         at = n.to(tl.int64) * g_n + oh.to(tl.int64) * g_h + ow.to(tl.int64) * g_w
         a = tl.load(grad + at[:, None] + from_g[None, :], mask=inside[:, None] & kept[None, :], other=0.0)
         at = n.to(tl.int64) * x_n + ih.to(tl.int64) * x_h + iw.to(tl.int64) * x_w
         b = tl.load(x + at[:, None] + from_x[None, :], mask=seen[:, None] & known[None, :], other=0.0)
-        total = _dot(tl.trans(a), b, total, PRECISION)
+        total = multiply(tl.trans(a), b, total, PRECISION)
     at = ((part.to(tl.int64) * OC + outs[:, None]) * TAPS + tap) * C + cols[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=kept[:, None] & known[None, :])
 
@@ -225,31 +212,15 @@ def _stages(half: bool) -> dict[str, int]:
     return {"num_stages": 4 if half else 3}
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products; torch's setting for convolutions decides."""
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return "widened"
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
 def _taps(weight: Tensor) -> tuple[Tensor, int, int]:
     """The weight as [O, taps, C] in memory, and the strides of O and of taps."""
     weight = weight.permute(0, 2, 3, 1).contiguous()
     return weight, weight.stride(0), weight.stride(2)
 
 
-def _rows(t: Tensor) -> tuple[int, int, int]:
-    return t.stride(0), t.stride(2), t.stride(3)
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """With channels innermost, whatever the other strides."""
-    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
-
-
 def _output(like: Tensor, size: tuple[int, int, int, int], whole: bool) -> Tensor:
     """A channels_last image, zero unless the kernel writes the whole of it."""
-    y = torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    y = new_image(like, size)
     return y if whole else y.zero_()
 
 
@@ -272,9 +243,9 @@ def forward(
         _forward[(blocks, triton.cdiv(outputs, tile["BN"]))](
             x, taps, bias, y, parts, in_index, out_index,
             h, w, oh, ow, inputs, outputs, pixels,
-            *_rows(x), *_rows(y), w_o, w_t,
+            *pixel_strides(x), *pixel_strides(y), w_o, w_t,
             kw, kh * kw, *stride, *padding, *dilation, in_index is not None, out_index is not None, bias is not None,
-            stats, _precision(x.dtype), **tile,
+            stats, conv_precision(x.dtype), **tile,
         )  # fmt: skip
     return y, _combined(parts, pixels, tile["BM"]) if stats else parts
 
@@ -308,9 +279,9 @@ def input_gradient(
         _input_gradient[grid](
             grad, taps, out, in_index, out_index,
             h, w, *grad.shape[2:], inputs, outputs, n,
-            *_rows(grad), *_rows(out), w_o, w_t,
+            *pixel_strides(grad), *pixel_strides(out), w_o, w_t,
             kh, kw, *stride, *padding, *dilation, *steps, out_index is not None, in_index is not None,
-            _precision(grad.dtype), **tile,
+            conv_precision(grad.dtype), **tile,
         )  # fmt: skip
     return out
 
@@ -334,9 +305,9 @@ def weight_gradient(
     _weight_gradient[grid](
         grad, x, out, in_index, out_index,
         *x.shape[2:], oh, ow, inputs, outputs, pixels, each,
-        *_rows(grad), *_rows(x),
+        *pixel_strides(grad), *pixel_strides(x),
         kw, kh * kw, *stride, *padding, *dilation, in_index is not None, out_index is not None,
-        _precision(x.dtype), **tile,
+        conv_precision(x.dtype), **tile,
     )  # fmt: skip
     total = out[0] if parts == 1 else out.sum(0).to(x.dtype)
     return total.permute(0, 3, 1, 2)

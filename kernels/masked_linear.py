@@ -4,28 +4,10 @@ Tokens lie on the M axis of forward and input gradient and the weight's tile on 
 (M = 64) serves tiles down to 16 x 16. The tiles are described in ``pysparse_ticket/ops/tile_mask.py``.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-# triton's interpreter multiplies the bits of bfloat16 numbers
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"))
-
-
-@triton.jit
-def _multiply(a, b, acc, PRECISION: tl.constexpr):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _mask_of(bits, part, rows, cols, BN: tl.constexpr, BK: tl.constexpr):
-    """bool, of the shape that ``rows`` and ``cols`` broadcast to: which weights of partial tile ``part`` survive."""
-    WORDS: tl.constexpr = (BK + 31) // 32
-    word = tl.load(bits + part.to(tl.int64) * (BN * WORDS) + rows * WORDS + cols // 32)
-    return ((word >> (cols % 32)) & 1) != 0
+from .parts import mask_of, multiply, put_group
 
 
 @triton.jit
@@ -113,7 +95,7 @@ def matmul_tiles(
             at_w = reds[:, None] * BO + outs[None, :] if TRANSPOSED else outs[:, None] * BR + reds[None, :]
             b = tl.load(base + at_w, mask=tl.full(at_w.shape, tile, tl.int32) < tiles, other=0.0)
         b = b if TRANSPOSED else tl.trans(b)
-        acc = _multiply(a, b, acc, PRECISION)
+        acc = multiply(a, b, acc, PRECISION)
         if last:
             if PIECES == 2:  # halves the shared memory that the output passes through
                 left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BO // 2)), (0, 2, 1)))
@@ -143,7 +125,7 @@ def _put_tile(
     if SPLIT == 1:
         part = tl.load(partial + tile)
         if part >= 0:
-            acc = tl.where(_mask_of(bits, part, rows, cols, BN, BK), acc, 0.0)
+            acc = tl.where(mask_of(bits, part, rows, cols, BN, BK), acc, 0.0)
         tl.store(out + tile.to(tl.int64) * (BN * BK) + at, acc.to(out.dtype.element_ty))
     else:
         tl.store(out + (number.to(tl.int64) * tiles + tile) * (BN * BK) + at, acc)
@@ -176,7 +158,7 @@ def weight_grad_boxes(
         column = tl.load(col + first) * BK
         acc = tl.zeros((BN, BK), tl.float32)
         for t in range(begin, stop, BT):
-            acc = _multiply(tl.trans(dy.load([t, row * BN])), x.load([t, column]), acc, PRECISION)
+            acc = multiply(tl.trans(dy.load([t, row * BN])), x.load([t, column]), acc, PRECISION)
         _put_tile(acc, out, first, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
     elif GROUP == 4 and count > 2:
         column, second = tl.load(col + first) * BK, tl.load(col + first + 1) * BK
@@ -186,10 +168,10 @@ def weight_grad_boxes(
         acc3, acc4 = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
         for t in range(begin, stop, BT):
             a = tl.trans(dy.load([t, row * BN]))
-            acc = _multiply(a, x.load([t, column]), acc, PRECISION)
-            acc2 = _multiply(a, x.load([t, second]), acc2, PRECISION)
-            acc3 = _multiply(a, x.load([t, third]), acc3, PRECISION)
-            acc4 = _multiply(a, x.load([t, fourth]), acc4, PRECISION)
+            acc = multiply(a, x.load([t, column]), acc, PRECISION)
+            acc2 = multiply(a, x.load([t, second]), acc2, PRECISION)
+            acc3 = multiply(a, x.load([t, third]), acc3, PRECISION)
+            acc4 = multiply(a, x.load([t, fourth]), acc4, PRECISION)
         _put_tile(acc, out, first, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
         _put_tile(acc2, out, first + 1, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
         _put_tile(acc3, out, first + 2, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
@@ -200,8 +182,8 @@ def weight_grad_boxes(
         acc, acc2 = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
         for t in range(begin, stop, BT):
             a = tl.trans(dy.load([t, row * BN]))
-            acc = _multiply(a, x.load([t, column]), acc, PRECISION)
-            acc2 = _multiply(a, x.load([t, second]), acc2, PRECISION)
+            acc = multiply(a, x.load([t, column]), acc, PRECISION)
+            acc2 = multiply(a, x.load([t, second]), acc2, PRECISION)
         _put_tile(acc, out, first, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
         _put_tile(acc2, out, first + 1, number, tiles, partial, bits, n[:, None], k[None, :], BN, BK, SPLIT)
 
@@ -240,17 +222,8 @@ def weight_grad_gather(
             a = tl.load(x + ts.to(tl.int64)[:, None] * stride_x + ks[None, :], mask=in_x, other=0.0)
             in_y = (ts < stop)[:, None] & (ns < N)[None, :]
             b = tl.load(dy + ts.to(tl.int64)[:, None] * stride_y + ns[None, :], mask=in_y, other=0.0)
-            acc = _multiply(tl.trans(a), b, acc, PRECISION)
-        at = tile.to(tl.int64)[:, None] * (BN * BK) + n[None, :] * BK + k[:, None]
-        if SPLIT == 1:
-            part = tl.load(partial + tile, mask=there, other=-1)[:, None]
-            WORDS: tl.constexpr = (BK + 31) // 32
-            word_at = part.to(tl.int64) * (BN * WORDS) + n[None, :] * WORDS + k[:, None] // 32
-            word = tl.load(bits + word_at, mask=part >= 0, other=-1)
-            acc = tl.where(((word >> (k[:, None] % 32)) & 1) != 0, acc, 0.0)
-            tl.store(out + at, acc.to(out.dtype.element_ty), mask=there[:, None])
-        else:
-            tl.store(out + number.to(tl.int64) * tiles * (BN * BK) + at, acc, mask=there[:, None])
+            acc = multiply(tl.trans(a), b, acc, PRECISION)
+        put_group(acc, out, tile, there, number, tiles, partial, bits, k, n, BN, BK, SPLIT)
 
 
 @triton.jit
@@ -276,7 +249,7 @@ def mask_tiles(
     v = tl.load(values + tile.to(tl.int64) * stride + rows * stride_n + cols * stride_k)
     part = tl.load(partial + tile)
     if part >= 0:
-        v = tl.where(_mask_of(bits, part, rows, cols, BN, BK), v, 0.0)
+        v = tl.where(mask_of(bits, part, rows, cols, BN, BK), v, 0.0)
     out += tile.to(tl.int64) * (BN * BK)
     v = v.to(out.dtype.element_ty)
     if TRANSPOSE:

@@ -1,4 +1,4 @@
-"""How the kernels of ``masked_linear.py`` are launched, by tile, element type and GPU.
+"""How the kernels of ``masked_linear.py`` and ``masked_conv2d_tiles.py`` are launched, by tile, element type and GPU.
 
 Registers and shared memory of these entries are in docs/gpu.md, from the compiler; the order within a list is an
 estimate, not measured yet. The first that fits runs where nothing may be timed.
@@ -52,14 +52,34 @@ WEIGHT_GRAD_FLOAT = {128: [Config(32, 8, 3)]} | {side: [Config(32, 4, 3)] for si
 WEIGHT_GRAD_STRICT = {side: [Config(16, 8, 2)] for side in MATMUL}
 
 
+# Convolutions, through pointers, a program an output tile: several on a multiprocessor hide each other's beginnings and
+# ends. ``block`` is pixels. 64 channels of 128 pixels on 4 warps take all 255 registers on sm_80, so 8 go first
+CONV = {
+    128: [Config(128, 8, 3), Config(128, 8, 4)],
+    64: [Config(128, 8, 3), Config(256, 8, 3), Config(128, 4, 3)],
+    32: [Config(128, 4, 4), Config(256, 8, 4)],
+    16: [Config(128, 4, 4), Config(256, 8, 4)],
+}
+CONV_FLOAT = {side: [Config(128, 8 if side > 64 else 4, 3)] for side in MATMUL}
+CONV_WEIGHT_GRAD = {
+    128: [Config(32, 8, 3)],
+    64: [Config(64, 8, 3), Config(32, 8, 3, 1, 2)],
+    32: [Config(64, 8, 3), Config(32, 4, 3, 1, 2)],
+    16: [Config(64, 4, 3, 1, 2)],
+}
+# {kernel: (16 bits by descriptors, 16 bits by pointers, TF32, strict float32)}
+TABLES = {
+    "matmul": (MATMUL, MATMUL_POINTERS, MATMUL_FLOAT, MATMUL_STRICT),
+    "weight_grad": (WEIGHT_GRAD, WEIGHT_GRAD_POINTERS, WEIGHT_GRAD_FLOAT, WEIGHT_GRAD_STRICT),
+    "conv": (None, CONV, CONV_FLOAT, MATMUL_STRICT),
+    "conv_weight_grad": (None, CONV_WEIGHT_GRAD, WEIGHT_GRAD_FLOAT, WEIGHT_GRAD_STRICT),
+}
+
+
 def candidates(
     kernel: str, side: int, dtype: torch.dtype, precision: str, described: bool, tokens: int
 ) -> list[Config]:
     """The configurations to choose from, blocks far larger than the tokens left out."""
-    if dtype == torch.float32:
-        strict = precision == "ieee"
-        tables = (MATMUL_STRICT, WEIGHT_GRAD_STRICT) if strict else (MATMUL_FLOAT, WEIGHT_GRAD_FLOAT)
-    else:
-        tables = (MATMUL, WEIGHT_GRAD) if described else (MATMUL_POINTERS, WEIGHT_GRAD_POINTERS)
-    table = tables[kernel == "weight_grad"][side]
+    column = 2 + (precision == "ieee") if dtype == torch.float32 else int(not described)
+    table = TABLES[kernel][column][side]
     return [config for config in table if config.block < 2 * tokens or config.block <= 64] or [Config(64, 4, 3)]

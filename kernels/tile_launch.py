@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pysparse_ticket.ops.tile_mask import TileMask
+
 from . import masked_linear as kernels
+from .parts import OPTIONS, Device, device_of
 from .tile_configs import Config, candidates
 from .tile_tuning import pick
 
 INTERPRETED = not isinstance(kernels.mask_tiles, triton.runtime.jit.JITFunction)
-OPTIONS = {"enable_fp_fusion": True}  # triton 3.9 warns where it is left to a default that changes
 DESCRIPTORS: bool | None = None  # None: where the GPU has them; a test sets it
 
 
-@dataclass(frozen=True)
-class Device:
-    multiprocessors: int
-    descriptors: bool  # whether it copies tiles by descriptor (sm_90 and later)
-    name: str
-
-
-@cache
-def device_of(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(3, True, "interpreter")
-    facts = torch.cuda.get_device_properties(device)
-    return Device(facts.multi_processor_count, facts.major >= 9, f"{facts.name} sm_{facts.major}{facts.minor}")
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """``TileMask`` as the ops carry it: its tensors, its shape and its tile."""
-
-    row: Tensor
-    col: Tensor
-    partial: Tensor
-    bits: Tensor
-    walk: Tensor
-    t_walk: Tensor
-    items: Tensor
-    shape: tuple[int, int]
-    tile: tuple[int, int]
-    group: int  # tiles of a row that the weight gradient takes at a time
-
-
-def masked_values(values: Tensor, tiles: Tiles, dtype: torch.dtype, transpose: bool = False) -> Tensor:
+def masked_values(values: Tensor, tiles: TileMask, dtype: torch.dtype, transpose: bool = False) -> Tensor:
     """``[tiles, bn, bk]`` in ``dtype``, zero where pruned; ``[tiles, bk, bn]`` with ``transpose``."""
     count, bn, bk = values.shape
     out = values.new_empty((count, bk, bn) if transpose else (count, bn, bk), dtype=dtype)
@@ -63,13 +32,13 @@ def masked_values(values: Tensor, tiles: Tiles, dtype: torch.dtype, transpose: b
 
 
 def forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, tiles: Tiles, activation: str | None, keep: bool, precision: str
+    x: Tensor, values: Tensor, bias: Tensor | None, tiles: TileMask, activation: str | None, keep: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """x ``[T, K]``, masked values ``[tiles, bn, bk]`` -> y ``[T, N]``; what the activation saw if ``keep``"""
     return _matmul(x, values, bias, tiles.walk, tiles.shape[0], tiles.tile, False, activation, keep, precision)
 
 
-def input_grad(dy: Tensor, values: Tensor, tiles: Tiles, precision: str) -> Tensor:
+def input_grad(dy: Tensor, values: Tensor, tiles: TileMask, precision: str) -> Tensor:
     """dy ``[T, N]`` -> ``[T, K]``. float32 values are turned first: the TF32 instruction sums along rows alone."""
     sides = tiles.tile[::-1]
     transposed = values.dtype != torch.float32
@@ -124,7 +93,7 @@ def _matmul(
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, tiles: Tiles, dtype: torch.dtype, need_bias: bool, precision: str
+    x: Tensor, dy: Tensor, tiles: TileMask, dtype: torch.dtype, need_bias: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """x ``[T, K]``, dy ``[T, N]`` -> ``[tiles, bn, bk]`` in ``dtype``, zero where pruned; float32 ``[N]`` or empty."""
     (n, k), (bn, bk), count = tiles.shape, tiles.tile, tiles.row.numel()
@@ -139,7 +108,7 @@ def weight_grad(
 
     def run(config: Config) -> None:
         nonlocal bias
-        split, chunk = _split(tokens, items, device.multiprocessors * config.resident, config.block)
+        split, chunk = split_tokens(tokens, items, device.multiprocessors * config.resident, config.block)
         bias = x.new_empty((split, n) if need_bias else (0,), dtype=torch.float32)
         sums = out if split == 1 else x.new_empty(split, count, bn, bk, dtype=torch.float32)
         if described:
@@ -162,7 +131,7 @@ def weight_grad(
     return out, bias.sum(0) if need_bias else bias
 
 
-def _split(tokens: int, items: int, programs: int, block: int) -> tuple[int, int]:
+def split_tokens(tokens: int, items: int, programs: int, block: int) -> tuple[int, int]:
     """Over how many parts of the tokens the items are cut, and the tokens of one: as many as fill the programs evenly,
     while a part has 16 steps or more and its sums are few against what it reads."""
     steps = -(-tokens // block)

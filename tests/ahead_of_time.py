@@ -27,12 +27,13 @@ def facts_from(program: str, *words: object) -> list[dict]:
 
 def compiled(fn, types: dict, constants: dict, arch: int, warps: int, stages: int, odd: Collection[str] = ()) -> dict:
     """``types`` {argument: Triton type, "i32" if absent}, ``constants`` {constexpr or None argument: value}, ``odd``
-    those that need be no multiples of 16."""
+    those that need be no multiples of 16, beside those that the kernel is not specialized on."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = fn.arg_names
+    odd = {*odd, *(p.name for p in fn.params if p.do_not_specialize)}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu import (
+    block_conv,
     block_matmul,
     ceilings,
+    conv_arms,
     filter_conv,
     filter_norm,
     joules,
@@ -26,7 +28,7 @@ from gpu.linear_arms import Problem
 from gpu.program import Arm, Recorder, attempt, compared, options, passes, race
 from gpu.record import Row
 from gpu.stages import TOTAL
-from gpu.tickets import Kind, ViTStack, random_ticket
+from gpu.tickets import Kind, ViTStack, block_mask, random_ticket
 from gpu.timing import Prepared, prepare, timed
 from torch import nn
 
@@ -100,7 +102,9 @@ def test_every_goal_is_of_a_figure_that_is_measured(key):
         known = {(f"{inputs}x{outputs}, {tokens} tokens, {n}", s) for _, n, ss in unstructured.CASES for s in ss}
         assert (shape, sparsity) in known
     elif work == "filter_conv":
-        assert (shape, sparsity) == (filter_conv.ALL, filter_conv.SPARSITY)
+        assert (shape, sparsity) == (conv_arms.ALL, filter_conv.SPARSITY)
+    elif work == "block_conv":
+        assert shape == conv_arms.ALL and arm == block_conv.ARM and sparsity in block_conv.SPARSITIES
     else:
         model = models.MODELS[work.removeprefix("model ")]
         assert shape == model.name and Kind(arm, sparsity) in model.tickets
@@ -352,8 +356,8 @@ def test_filter_conv(toy):
     assert {(arm, name) for arm in ("compact", "full shape") for name in ("forward", "dX", "dW", "step")} <= measured(
         found
     )
-    total = next(row for row in found.rows if row.shape == filter_conv.ALL and row.arm == "compact")
-    steps = [row for row in found.rows if row.arm == "compact" and row.what == "step" and row.shape != filter_conv.ALL]
+    total = next(row for row in found.rows if row.shape == conv_arms.ALL and row.arm == "compact")
+    steps = [row for row in found.rows if row.arm == "compact" and row.what == "step" and row.shape != conv_arms.ALL]
     assert total.ours == pytest.approx(2 * steps[0].ours + steps[1].ours) and total.goal == 2.8
 
 
@@ -361,6 +365,22 @@ def test_filter_norm(toy):
     found = toy(filter_norm.main)
     assert measured(found) == {(arm, name) for arm in filter_norm.ARMS for name in ("forward", "step")}
     assert {row.rival for row in found.rows} <= {"cuDNN", "compiled"}
+
+
+def test_block_conv(toy):
+    found = toy(block_conv.main)
+    assert {(block_conv.ARM, name) for name in ("forward", "dX", "dW", "step")} <= measured(found)
+    totals = {row.sparsity: row for row in found.rows if row.shape == conv_arms.ALL}
+    assert set(totals) == set(block_conv.SPARSITIES)
+    assert totals[0.9].ours != totals[0.75].ours and all(row.goal for row in totals.values())
+
+
+def test_block_masks_are_of_whole_blocks_at_single_taps():
+    for shape, side in (((128, 64, 3, 3), 64), ((64, 40, 3, 3), 32), ((16, 16, 1, 1), 16), ((20, 70), 16)):
+        mask = block_mask(shape, 64, 0.75)
+        blocks = mask[::side, ::side]
+        assert torch.equal(blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[: shape[0], : shape[1]], mask)
+        assert int(blocks.sum()) == blocks.numel() - round(0.75 * blocks.numel())
 
 
 @pytest.mark.parametrize("name", models.MODELS)

@@ -182,13 +182,13 @@ def test_what_lies_under_the_mask_does_not_matter(gpu_or_interpreter):
 @pytest.mark.parametrize("tile", [(128, 64), (32, 32)], ids=str)
 def test_the_weight_gradient_is_split_over_tokens(gpu_or_interpreter, poison, tile, monkeypatch):
     launch, splits = kernel_module("tile_launch"), []
-    whole = launch._split
+    whole = launch.split_tokens
 
     def watched(*args):
         splits.append(whole(*args))
         return splits[-1]
 
-    monkeypatch.setattr(launch, "_split", watched)
+    monkeypatch.setattr(launch, "split_tokens", watched)
     many = launch.Device(64, launch.device_of(torch.device(gpu_or_interpreter)).descriptors, "interpreter")
     monkeypatch.setattr(launch, "device_of", lambda device: many)
     inputs = case(gpu_or_interpreter, 64 * 34 + 5, tile, 0.3, torch.bfloat16, tile)
@@ -200,7 +200,7 @@ def test_the_weight_gradient_is_split_over_tokens(gpu_or_interpreter, poison, ti
 
 
 def test_splits_cover_the_tokens():
-    split = kernel_module("tile_launch")._split
+    split = kernel_module("tile_launch").split_tokens
     for tokens, items, programs, block in itertools.product((1, 64, 5000, 8192), (1, 50, 300), (132, 264), (32, 64)):
         count, chunk = split(tokens, items, programs, block)
         assert (count - 1) * chunk < tokens <= count * chunk and (count == 1 or chunk % block == 0)
@@ -355,7 +355,7 @@ def test_the_plan_on_a_gpu_says_which_and_why(monkeypatch, tmp_path, columns, bl
 
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
     monkeypatch.setattr(MaskedLinear, "on_gpu", True)
-    monkeypatch.setattr("pysparse_ticket.nn.masked_linear.why_missing", lambda backend: None)
+    monkeypatch.setattr("pysparse_ticket.nn.masked.why_missing", lambda backend: None)
     times = dict.fromkeys(("packed", "other packed"), 9.0) | {"plain": 2.0, "dense": 2.0, "other blocks": 3.0}
     monkeypatch.setattr(choose, "race", lambda *_: times | {"blocks": blocks_take})
     monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 1.0))

@@ -286,14 +286,14 @@ def test_moves_to_another_dtype_and_device(searches):
     masked, x = layer(), torch.randn(9, 100)
     y = masked(x)
     close(masked.double()(x.double()), y, torch.float32)
-    assert masked.float().layout is masked.reordered()
+    assert masked.float().layout is masked.tiles_of("reordered")
     meta = masked.to("meta")
     layout = meta.layout
     held = (layout.order.row_order, layout.rows.index, layout.cols.inverse, layout.rows.rest, *layout.kept.tensors)
     assert all(t is None or t.is_meta for t in held)
     other = layer(fmt="blocks")
     other.why_not("reordered")
-    assert other.to("meta").reordered().kept.row.is_meta and len(searches) == 2
+    assert other.to("meta").tiles_of("reordered").kept.row.is_meta and len(searches) == 2
 
 
 def test_autocast():
@@ -342,7 +342,7 @@ def test_a_mask_that_no_order_helps_says_so():
 def planned(monkeypatch, tmp_path, mask, **times):
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path))
     monkeypatch.setattr(MaskedLinear, "on_gpu", True)
-    monkeypatch.setattr("pysparse_ticket.nn.masked_linear.why_missing", lambda backend: None)
+    monkeypatch.setattr("pysparse_ticket.nn.masked.why_missing", lambda backend: None)
     raced = []
 
     def race(arms, *_):
@@ -359,7 +359,7 @@ def planned(monkeypatch, tmp_path, mask, **times):
 def test_the_plan_on_a_gpu_races_it_and_reports_the_tiles(monkeypatch, tmp_path, searches):
     mask = dead(uneven(384, 512, 0.95, sigma=1.0), rows=(3, 4), cols=(5,))
     masked, row, raced = planned(monkeypatch, tmp_path, mask, reordered=1.0)
-    layout = masked.reordered()
+    layout = masked.tiles_of("reordered")
     order = layout.order
     assert masked.format == row.format == "reordered" and len(searches) == len(reordered_tiles.SEARCHED)
     assert "reordered" in raced and "blocks" not in raced and "other reordered" not in raced

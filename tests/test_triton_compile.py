@@ -30,13 +30,13 @@ def test_nothing_spills_and_programs_fit(arch):
 
 
 def products(arch):
-    return [facts for facts in kernels(arch) if facts["kernel"].startswith(("matmul", "weight_grad"))]
+    return [facts for facts in kernels(arch) if facts["kernel"].startswith(("matmul", "weight_grad", "conv"))]
 
 
 def test_hopper_multiplies_with_wgmma():
-    found = [facts for facts in products(90) if "ieee" not in facts["what"] and facts["wgmma"]]
+    found = [facts for facts in products(90) if facts["wgmma"]]
     strict = [facts for facts in products(90) if not facts["wgmma"]]
-    assert len(found) > 20 and all("fp32" in facts["what"] for facts in strict) and len(strict) == 2
+    assert len(found) > 35 and all("fp32" in facts["what"] for facts in strict) and len(strict) == 4
     for facts in found:
         assert not facts["serialized"] and facts["mma"] == 0, facts
         assert facts["in_flight"] >= 1, facts  # a product is waited for while the next one runs
@@ -50,6 +50,15 @@ def test_hopper_copies_by_descriptor_as_many_steps_ahead_as_asked_for():
     assert all(facts["buffers"] == facts["stages"] for facts in described), described
 
 
+def test_pixels_are_copied_in_16_bytes_as_many_steps_ahead_as_asked_for():
+    half = [facts for facts in products(90) if facts["kernel"].startswith("conv") and "bf16" in facts["what"]]
+    assert len(half) > 12
+    for facts in half:
+        narrow = {4, 8} if "forward" in facts["what"] else set()  # the weight tile's own, where it is small
+        assert 16 in facts["copy_bytes"] and set(facts["copy_bytes"]) <= {16} | narrow, facts
+        assert facts["buffers"] == facts["stages"], facts
+
+
 def test_ampere_multiplies_with_mma_and_copies_ahead():
-    fast = [facts for facts in products(80) if "ieee" not in facts["what"] and facts["mma"]]
-    assert len(fast) > 8 and all(facts["async_copies"] for facts in fast)
+    fast = [facts for facts in products(80) if facts["mma"]]
+    assert len(fast) > 16 and all(facts["async_copies"] for facts in fast)

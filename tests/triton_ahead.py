@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of ``kernels/masked_linear.py`` for a GPU that need not be there, and says what came out.
+"""Compiles the Triton kernels that walk tiles for a GPU that need not be there, and says what came out.
 
 ``python tests/triton_ahead.py [90 80]`` prints the table of docs/gpu.md. Run without TRITON_INTERPRET.
 """
@@ -14,9 +14,10 @@ import torch
 import triton
 
 from pysparse_ticket.ops.library import kernel_module
-from pysparse_ticket.ops.tile_mask import group
+from pysparse_ticket.ops.tile_mask import _group
 
-kernels, configs = kernel_module("masked_linear"), kernel_module("tile_configs")
+kernels, conv_kernels = kernel_module("masked_linear"), kernel_module("masked_conv2d_tiles")
+configs = kernel_module("tile_configs")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ODD = {"tiles", "entries", "T", "out_rows", "spin", "programs", "n_items", "chunk"}  # no multiples of 16
 
@@ -61,7 +62,7 @@ def weight_grad(config, tile, dtype, precision, described, arch, split=4) -> dic
     constants = {"BT": config.block, "BN": bn, "BK": bk, "SPLIT": split, "PRECISION": precision}
     lists = dict.fromkeys(("items", "col", "partial", "bits"), "*i32")
     signature = lists | {"out": "*fp32" if split > 1 else f"*{name}", "bias_out": "*fp32"}
-    fn, constants["GROUP"] = kernels.weight_grad_boxes, group(bk)
+    fn, constants["GROUP"] = kernels.weight_grad_boxes, _group(bk)
     if described:
         signature |= {
             "x": f"tensordesc<{name}[{config.block}, {bk}]>",
@@ -72,6 +73,25 @@ def weight_grad(config, tile, dtype, precision, described, arch, split=4) -> dic
         signature |= {"x": f"*{name}", "dy": f"*{name}"}
     what = f"weight gradient {name} {bn}x{bk}, {config.block} tokens"
     return {"what": what} | compiled(fn, signature, constants, config, arch)
+
+
+def conv(config, tile, dtype, precision, arch, transposed=False) -> dict:
+    (side, depth), name = tile, NAMES[dtype]
+    constants = {"BM": config.block, "BO": side, "BR": depth, "BK": min(depth, 64 if dtype.itemsize == 2 else 32)}
+    constants |= {"TRANSPOSED": transposed, "BIAS": not transposed, "PRECISION": precision}
+    types = dict.fromkeys(("x", "w", "bias", "y"), f"*{name}") | {"walk": "*i32"}
+    direction = "input gradient" if transposed else "forward"
+    what = f"convolution {direction} {name} {side}x{depth}, {config.block} pixels"
+    return {"what": what} | compiled(conv_kernels.conv_tiles, types, constants, config, arch)
+
+
+def conv_weight_grad(config, tile, dtype, precision, arch, split=4) -> dict:
+    (bn, bk), name = tile, NAMES[dtype]
+    constants = {"BT": config.block, "BN": bn, "BK": bk, "GROUP": _group(bk), "SPLIT": split, "PRECISION": precision}
+    types = {"x": f"*{name}", "dy": f"*{name}", "out": "*fp32" if split > 1 else f"*{name}"}
+    types |= dict.fromkeys(("items", "walk", "partial", "bits"), "*i32")
+    what = f"convolution weight gradient {name} {bn}x{bk}, {config.block} pixels"
+    return {"what": what} | compiled(conv_kernels.conv_weight_grad, types, constants, config, arch)
 
 
 def small(fn, arch, **constants) -> dict:
@@ -98,6 +118,17 @@ def every(arch: int) -> Iterator[dict]:
     first = configs.candidates("matmul", 128, half, "tf32", hopper, 8192)[0]
     yield matmul(first, (128, 128), half, "tf32", hopper, arch, transposed=True)
     yield matmul(first, (128, 128), half, "tf32", hopper, arch, activation="gelu")
+    for side in (128, 64, 32, 16):
+        for config in configs.candidates("conv", side, half, "ieee", False, 8192)[: None if hopper else 1]:
+            yield conv(config, (side, side), half, "ieee", arch)
+        for config in configs.candidates("conv_weight_grad", side, half, "ieee", False, 8192)[: None if hopper else 1]:
+            yield conv_weight_grad(config, (side, side), half, "ieee", arch)
+    first = configs.candidates("conv", 64, half, "ieee", False, 8192)[0]
+    yield conv(first, (64, 64), half, "ieee", arch, transposed=True)
+    for precision in ("tf32", "ieee") if hopper else ("tf32",):
+        for kernel, compile_one in (("conv", conv), ("conv_weight_grad", conv_weight_grad)):
+            config = configs.candidates(kernel, 64, single, precision, False, 8192)[0]
+            yield compile_one(config, (64, 64), single, precision, arch)
     yield small(kernels.mask_tiles, arch, TRANSPOSE=False)
     yield small(kernels.sum_splits, arch, SPLIT=4)
 

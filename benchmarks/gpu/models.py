@@ -47,22 +47,19 @@ class Model:
     tickets: tuple[Kind, ...]
 
 
-RESNET = (Kind("filter", 0.5), Kind("weight", 0.95))
+RESNET = (Kind("filter", 0.5), Kind("block 64", 0.9), Kind("weight", 0.95))
+TINY_RESNET = {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8), "classes": 10}
+
+
+def cifar(name: str, removed: float) -> Model:
+    """A CIFAR ResNet; its layer ticket removes that share of the blocks."""
+    tickets = (Kind("layer", removed), *RESNET)
+    return Model(lambda: build(name, 10, (3, 32, 32)), (128, 3, 32, 32), "CIFAR-shaped, batch 128", 10, tickets)
+
+
 MODELS = {
-    "resnet56": Model(
-        lambda: build("resnet56", 10, (3, 32, 32)),
-        (128, 3, 32, 32),
-        "CIFAR-shaped, batch 128",
-        10,
-        (Kind("layer", 12 / 27), *RESNET),
-    ),
-    "resnet20": Model(
-        lambda: build("resnet20", 10, (3, 32, 32)),
-        (128, 3, 32, 32),
-        "CIFAR-shaped, batch 128",
-        10,
-        (Kind("layer", 4 / 9), *RESNET),
-    ),
+    "resnet56": cifar("resnet56", 12 / 27),
+    "resnet20": cifar("resnet20", 4 / 9),
     "resnet50": Model(
         lambda: build("imagenet-resnet50", 1000, (3, 224, 224)),
         (128, 3, 224, 224),
@@ -78,10 +75,7 @@ MODELS = {
         (Kind("block 64", 0.9), Kind("block 64", 0.75), Kind("layer", 6 / 12), Kind("weight", 0.95)),
     ),
 }
-TINY = {
-    "resnet56": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
-    "resnet20": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8)},
-    "resnet50": {"make": lambda: build("resnet26", 10, (3, 8, 8)), "shape": (4, 3, 8, 8), "classes": 10},
+TINY = dict.fromkeys(("resnet56", "resnet20", "resnet50"), TINY_RESNET) | {
     "vit": {"make": lambda: ViTStack(256, 512, 6, 128), "shape": (2, 5, 256), "classes": 128},
 }
 

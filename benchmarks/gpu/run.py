@@ -24,6 +24,7 @@ PLAN = (
     ("unstructured", ("gpu.unstructured",), 60),
     ("filter conv", ("gpu.filter_conv",), 50),
     ("filter norm", ("gpu.filter_norm",), 40),
+    ("block conv", ("gpu.block_conv",), 50),
     ("block 128", ("gpu.block_matmul", "--only", "block 128."), 40),
     ("block 32", ("gpu.block_matmul", "--only", "block 32."), 40),
     ("model resnet50", ("gpu.models", "resnet50"), 150),

@@ -14,6 +14,8 @@ from pysparse_ticket.measure import macs
 from pysparse_ticket.structure import filter_chains, find_blocks
 from pysparse_ticket.ticket import fingerprint
 
+SMALLEST_BLOCK = 16
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -35,9 +37,33 @@ def random_ticket(model: nn.Module, kind: Kind, sample: Tensor) -> pst.Ticket:
         return pst.at_init(model, sample, score="random", granularity="layer", remove=remove)
     if kind.name.startswith("filter"):
         return filter_ticket(model, kind.share, sample)
-    side = kind.name.partition(" ")[2]
-    granularity = f"block:{side}x{side}" if side else "weight"
-    return pst.at_init(model, score="random", granularity=granularity, sparsity=kind.share, scope="layer")
+    if kind.name.startswith("block"):
+        return block_ticket(model, kind.share, int(kind.name.partition(" ")[2]))
+    return pst.at_init(model, score="random", granularity="weight", sparsity=kind.share, scope="layer")
+
+
+def block_ticket(model: nn.Module, share: float, side: int) -> pst.Ticket:
+    """That share of the blocks of ``side`` x ``side`` removed at random from each linear layer and convolution, of a
+    convolution blocks of output by input channels at one tap; of smaller blocks where a layer has fewer channels, and
+    none of a layer with fewer than 16."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        f"{name}.weight": block_mask(tuple(module.weight.shape), side, share, generator)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and min(module.weight.shape[:2]) >= SMALLEST_BLOCK
+    }
+    return pst.Ticket(masks=masks, architecture=fingerprint(model))
+
+
+def block_mask(shape: tuple[int, ...], side: int, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """bool ``[O, C]`` or ``[O, C, kh, kw]``, exactly that share of the blocks removed, up to one; ``side`` is halved
+    until it is not more than the layer's channels."""
+    while side > SMALLEST_BLOCK and side > min(shape[:2]):
+        side //= 2
+    grid = (-(-shape[0] // side), -(-shape[1] // side), *shape[2:])
+    count = torch.Size(grid).numel()
+    kept = (torch.randperm(count, generator=generator) >= round(share * count)).view(grid)
+    return kept.repeat_interleave(side, 0).repeat_interleave(side, 1)[: shape[0], : shape[1]]
 
 
 def filter_ticket(model: nn.Module, share: float, sample: Tensor) -> pst.Ticket:

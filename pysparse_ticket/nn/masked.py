@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ops.library import CUDA_ERROR, on_cuda
+from ..ops.conv_tiles import ConvTiles
+from ..ops.library import CUDA_ERROR, on_cuda, why_missing
 from ..ops.mask_gradient import mask_gradient
 from ..ops.pattern import Pattern
 from ..ops.reordered_tiles import ReorderedTiles
@@ -17,6 +18,7 @@ from ..ops.tile_mask import TileMask
 
 FORMATS = ("packed", "dense")
 TILED = ("blocks", "reordered")  # formats whose values are tiles
+Layout = TileMask | ConvTiles | ReorderedTiles
 
 
 def _masked(module: weakref.ref[MaskedModule], mask: Tensor, grad: Tensor) -> Tensor:
@@ -44,7 +46,8 @@ class MaskedModule(nn.Module):
     format "dense"   the Parameter ``weight`` has the dense shape and zeros where pruned; its gradient is masked
 
     A class may have further formats (``FORMATS``), which are packed too and differ in the kernel, and "blocks" and
-    "reordered" also in ``values``: ``layout`` says where each of them sits in the dense weight.
+    "reordered" also in ``values``: ``layout`` says where each of them sits in the dense weight. ``tile`` is the size of
+    their tiles, None leaves it to the mask.
 
     ``weight`` is the dense weight in both. A ``state_dict`` has the dense module's keys and shapes in both; loading one
     keeps what lies under the mask. ``why_dense`` says why a layer cannot be packed, None when it can; ``left_out`` why
@@ -53,6 +56,7 @@ class MaskedModule(nn.Module):
 
     FORMATS = FORMATS
     OP: str  # whose kernels run format "packed"
+    tile: tuple[int, int] | None = None
 
     def __init__(self, module: nn.Module, mask: Tensor) -> None:
         super().__init__()
@@ -62,7 +66,8 @@ class MaskedModule(nn.Module):
         self.left_out: dict[str, str] = {}
         self.format = "dense"
         self._shape = tuple(mask.shape)
-        self._tiles: TileMask | ReorderedTiles | None = None  # formats "blocks" and "reordered" alone
+        self._layouts: dict[tuple, Layout] = {}  # of this mask, by format and size of tiles; cutting one takes time
+        self._layout: tuple | None = None  # which of them the values have: formats "blocks" and "reordered" alone
         mask = mask.to(weight.device)
         for field, tensor in zip(Pattern.FIELDS, Pattern.from_mask(mask).tensors, strict=True):
             self.register_buffer(field, tensor, persistent=False)
@@ -81,9 +86,9 @@ class MaskedModule(nn.Module):
         return Pattern(self._shape, self.row_ptr, self.col, self.t_row_ptr, self.t_col, self.t_perm)
 
     @property
-    def layout(self) -> Pattern | TileMask | ReorderedTiles:
+    def layout(self) -> Pattern | Layout:
         """Where the surviving weights lie in the Parameter ``values``; a Pattern in format "dense" too."""
-        return self.pattern if self._tiles is None else self._tiles
+        return self.pattern if self._layout is None else self._layouts[self._layout]
 
     @property
     def mask(self) -> Tensor:
@@ -125,7 +130,7 @@ class MaskedModule(nn.Module):
 
     def packed_values(self) -> Tensor:
         """``[nnz]`` surviving weights in either format; differentiable."""
-        own = self.packed and self._tiles is None
+        own = self.packed and self._layout is None
         return self.values if own else self.pattern.gather(self.weight)
 
     def masked_weight(self) -> Tensor:
@@ -178,13 +183,41 @@ class MaskedModule(nn.Module):
         """Why the layer cannot take a packed format of its class; None when it can."""
         return self.why_dense
 
+    def tiles_of(self, format: str) -> Layout:
+        """The layout of a format whose values are tiles, cut once a mask."""
+        key = format, self.tile
+        if key not in self._layouts:
+            self._layouts[key] = self._cut(format)
+        return self._layouts[key]
+
+    def _cut(self, format: str) -> Layout:
+        raise NotImplementedError
+
+    def tiled_formats(self) -> tuple[str, ...]:
+        """Formats of tiles, on a GPU where the kernels run, unless by the arithmetic too few tiles are empty to win."""
+        if not self.on_gpu or why_missing("triton"):
+            return ()
+        found = {name: self.tiles_of(name) for name in self._tilings()}
+        return tuple(name for name, tiles in found.items() if tiles.empty > 0.05 and tiles.time < 1.25)
+
+    def _tilings(self) -> tuple[str, ...]:
+        """The formats of tiles to be considered."""
+        return ("blocks",)
+
     def race_note(self) -> str:
         """What a plan should say of the mask beside the times; on a GPU also why it has no rival to dense."""
-        return ""
+        if not self.on_gpu:
+            return ""
+        if reason := why_missing("triton"):
+            return f"no triton backend: {reason}"
+        tiles = self.tiles_of("blocks")
+        return f"{tiles.empty:.0%} of the {tiles.tile[0]} x {tiles.tile[1]} tiles are empty"
 
     def random_mask(self, density: float) -> Tensor:
         """Another mask of the kind that decides this layer's time: a second point of the line to the break-even."""
-        return torch.rand(self._shape, generator=torch.Generator().manual_seed(0)) < density
+        tiles = self.tiles_of("blocks") if self.on_gpu else None
+        kept = torch.rand(tiles.grid if tiles else self._shape, generator=torch.Generator().manual_seed(0)) < density
+        return tiles.expand(kept) if tiles else kept
 
     @torch.no_grad()
     def set_format(self, format: str) -> None:
@@ -206,7 +239,7 @@ class MaskedModule(nn.Module):
         weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
         self._parameters.pop("values" if self.packed else "weight")
         self.format = format
-        self._tiles = self._tiles_of(format)
+        self._layout = (format, self.tile) if format in TILED and self.tiles_of(format) else None
         if format == "dense":
             self._mask = self._laid_out(self.pattern.mask())
         else:
@@ -239,8 +272,7 @@ class MaskedModule(nn.Module):
             if tensor is not None:
                 _check_mask(tensor, self._shape, type(self).__name__)
         old, pattern = self.layout, Pattern.from_mask(mask.to(self.col.device))
-        tiles = None if self._tiles is None else self._tiles.cut(pattern.mask())
-        new = pattern if tiles is None else tiles
+        new = pattern if self._layout is None else old.cut(pattern.mask())
         fresh = ~(self.mask & mask.to(self.col.device))
         if carried is not None:
             fresh |= ~carried.to(fresh.device)
@@ -263,20 +295,16 @@ class MaskedModule(nn.Module):
         if not packed:
             self._mask.copy_(pattern.mask())
         self._set_pattern(pattern)
-        self._tiles = tiles
+        self._layouts = {} if self._layout is None else {self._layout: new}
         return parameter, convert
 
     def _set_pattern(self, pattern: Pattern) -> None:
         for field, tensor in zip(Pattern.FIELDS, pattern.tensors, strict=True):
             setattr(self, field, tensor)
 
-    def _tiles_of(self, format: str) -> TileMask | ReorderedTiles | None:
-        """The layout of a format whose values are tiles; None for the others."""
-        return None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedModule:
         super()._apply(fn, recurse)
-        self._tiles = self._tiles and self._tiles.to(self.col.device)
+        self._layouts = {key: layout.to(self.col.device) for key, layout in self._layouts.items()}
         return self
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from ..ops.conv_tiles import ConvTiles
 from ..ops.masked_conv2d import LAYOUTS, default_layout, masked_conv2d, output_size
-from .masked import MaskedModule
+from ..ops.masked_conv2d_tiles import masked_conv2d_tiles
+from .masked import Layout, MaskedModule
 from .plain_conv2d import plain_conv2d
 
 
@@ -27,12 +29,14 @@ class MaskedConv2d(MaskedModule):
     format "tiles"   packed, 16 samples innermost
     format "pixels"  packed, the pixels of one image innermost
     format "packed"  the one of the two that ``ops.masked_conv2d.default_layout`` takes for the input
+    format "blocks"  the Parameter ``values`` ``[tiles, bn, bk]`` holds the tiles of output by input channels at one tap
+                     with a survivor, zeros where pruned; GPU kernels
 
     Grouped convolutions, padding modes other than zeros, and a "same" padding that is not symmetric stay in format
     "dense"; ``why_dense`` says so.
     """
 
-    FORMATS = ("packed", *LAYOUTS, "dense")
+    FORMATS = ("packed", *LAYOUTS, "blocks", "dense")
     OP = "masked_conv2d"
 
     def __init__(self, module: nn.Conv2d, mask: Tensor) -> None:
@@ -64,15 +68,20 @@ class MaskedConv2d(MaskedModule):
         if self.format == "dense":
             # torch's own code for all paddings; it reads the attributes that both classes have
             return nn.Conv2d._conv_forward(self, x, self.masked_weight(), self.bias)
+        if self.format == "blocks":
+            return masked_conv2d_tiles(x, self.values, self.bias, self.layout, clean=True)
         layout = None if self.format == "packed" else self.format
         geometry = (self.stride, self.padding_pair, self.dilation)
         return masked_conv2d(x, self.values, self.bias, self.pattern, *geometry, layout=layout)
 
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
-        if self.col.device.type != "cpu":  # the layouts are the C++ kernels'
-            return ()
+        if self.on_gpu:  # the layouts are the C++ kernels'
+            return self.tiled_formats()
         output = output_size(shape[2:], self.kernel_size, self.stride, self.padding_pair, self.dilation)
         return tuple(layout for layout in LAYOUTS if layout != default_layout(shape, output))
+
+    def _cut(self, format: str) -> Layout:
+        return ConvTiles.from_mask(self.mask, self.tile, self.stride, self.padding_pair, self.dilation)
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         if x.dim() == 3:

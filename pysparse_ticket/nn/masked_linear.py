@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.library import CPU_ERROR, why_missing
+from ..ops.library import CPU_ERROR
 from ..ops.masked_linear import linear_schedule, masked_linear
 from ..ops.masked_linear_tiles import masked_linear_tiles
 from ..ops.pattern import Pattern
@@ -19,9 +18,9 @@ from ..ops.semi_structured_linear import (
     why_unfit,
     why_wrong,
 )
-from ..ops.tile_mask import RATES, TileMask
+from ..ops.tile_mask import TileMask
 from ..ops.tile_order import LEAST_GAIN
-from .masked import MaskedModule
+from .masked import Layout, MaskedModule
 
 
 class MaskedLinear(MaskedModule):
@@ -29,15 +28,13 @@ class MaskedLinear(MaskedModule):
 
     format "2:4"     as "packed", run by torch's semi-structured operators: a transposable 2:4 mask, float16 or bfloat16
     format "blocks"  the Parameter ``values`` ``[tiles, bn, bk]`` holds the tiles of the weight with a survivor, zeros
-                     where pruned; GPU kernels. ``tile`` is their size, None leaves it to the mask
+                     where pruned; GPU kernels
     format "reordered"  as "blocks", of the weight without dead rows and columns and with the others in an order that
                      empties tiles; x is gathered and y spread for it. The order is searched for once a mask
     """
 
     FORMATS = ("packed", "2:4", "blocks", "reordered", "dense")
     OP = "masked_linear"
-    tile: tuple[int, int] | None = None
-    _reordered: ReorderedTiles | None = None  # what the search found for this mask, the identity too
 
     def __init__(self, module: nn.Linear, mask: Tensor) -> None:
         super().__init__(module, mask)
@@ -78,7 +75,7 @@ class MaskedLinear(MaskedModule):
     def why_not(self, format: str) -> str | None:
         if format == "2:4" and (reason := why_unfit(self.pattern, self.weight_parameter)):
             return reason
-        if format == "reordered" and self.reordered().order.identity:
+        if format == "reordered" and self.tiles_of("reordered").order.identity:
             return f"no order of its rows and columns empties {LEAST_GAIN:.0%} of the tiles that hold a weight"
         return super().why_not(format)
 
@@ -90,9 +87,7 @@ class MaskedLinear(MaskedModule):
     def set_mask(self, mask: Tensor, carried: Tensor | None = None) -> tuple:
         if self.format == "2:4" and not is_transposable(mask):
             raise ValueError("a layer of format '2:4' takes only transposable 2:4 masks; set_format('packed') first")
-        found = super().set_mask(mask, carried)
-        self._reordered = self._tiles if self.format == "reordered" else None
-        return found
+        return super().set_mask(mask, carried)
 
     def _set_pattern(self, pattern: Pattern) -> None:
         super()._set_pattern(pattern)
@@ -105,24 +100,15 @@ class MaskedLinear(MaskedModule):
         # a schedule is its device's own
         if self.schedule is not None and self.col.device != before and not self.col.is_meta:
             self.schedule, self.t_schedule = linear_schedule(self.pattern)
-        if self._reordered is not None:
-            self._reordered = self._tiles if self.format == "reordered" else self._reordered.to(self.col.device)
         return self
 
-    def _tiles_of(self, format: str) -> TileMask | ReorderedTiles | None:
-        if format == "blocks":
-            return TileMask.from_mask(self.mask, self.tile)
-        return self.reordered() if format == "reordered" else None
-
-    def reordered(self) -> ReorderedTiles:
-        """The layout of format "reordered", with what the search for an order found: seconds for the first call."""
-        if self._reordered is None:
-            self._reordered = ReorderedTiles.from_mask(self.mask, self.tile)
-        return self._reordered
+    def _cut(self, format: str) -> Layout:
+        """Seconds for "reordered", which searches for an order."""
+        return (ReorderedTiles if format == "reordered" else TileMask).from_mask(self.mask, self.tile)
 
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Those of "2:4", "blocks" and "reordered" that this mask fits, on a GPU."""
-        return (*self._two_of_four(shape), *self._tiled())
+        return (*self._two_of_four(shape), *self.tiled_formats())
 
     def _two_of_four(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """ "2:4" where its output and gradients for such an input are those of the masked layer."""
@@ -135,39 +121,22 @@ class MaskedLinear(MaskedModule):
             return ()
         return ("2:4",)
 
-    def _tiled(self) -> tuple[str, ...]:
-        """ "blocks" and "reordered" where the kernels run, unless too few tiles are empty for them to win by the
-        arithmetic; "reordered" where its tiles take less time by it than those of "blocks"."""
-        if not self.on_gpu or why_missing("triton"):
-            return ()
-        tiles, reordered = self._tiles_of("blocks"), self.reordered()
-        worth = not reordered.order.identity and _time(reordered) < _time(tiles)
-        found = {"blocks": tiles} | ({"reordered": reordered} if worth else {})
-        return tuple(name for name, one in found.items() if 1 - one.empty < 0.95 and _time(one) < 1.25)
+    def _tilings(self) -> tuple[str, ...]:
+        """ "reordered" where its tiles take less time by the arithmetic than those of "blocks"."""
+        reordered = self.tiles_of("reordered")
+        worth = not reordered.order.identity and reordered.time < self.tiles_of("blocks").time
+        return ("blocks", "reordered") if worth else ("blocks",)
 
     def race_note(self) -> str:
-        if not self.on_gpu:
-            return ""
-        if reason := why_missing("triton"):
-            return f"no triton backend: {reason}"
-        tiles, reordered = self._tiles_of("blocks"), self.reordered()
-        note = f"{tiles.empty:.0%} of the {tiles.tile[0]} x {tiles.tile[1]} tiles are empty"
-        if reordered.order.identity:
+        note = super().race_note()
+        if ("blocks", self.tile) not in self._layouts or self.tiles_of("reordered").order.identity:
             return note
+        tiles, reordered = self.tiles_of("blocks"), self.tiles_of("reordered")
         order, (bn, bk) = reordered.order, reordered.tile
         if reordered.tile != tiles.tile:
             note += f", {reordered.empty_before:.0%} of the {bn} x {bk} ones"
         dead = f"{order.dead_rows} rows, {order.dead_cols} columns dead"
         return f"{note}, {reordered.empty:.0%} reordered ({order.how}; {dead})"
-
-    def random_mask(self, density: float) -> Tensor:
-        if not self.on_gpu:
-            return super().random_mask(density)
-        tiles = self._tiles_of("blocks")
-        mask = torch.rand(tiles.grid, generator=torch.Generator().manual_seed(0)) < density
-        for dim, side in enumerate(tiles.tile):
-            mask = mask.repeat_interleave(side, dim)
-        return mask[: self.out_features, : self.in_features]
 
     def dense_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         return grad.reshape(-1, self.out_features).T @ x.reshape(-1, self.in_features)
@@ -181,8 +150,3 @@ class MaskedLinear(MaskedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             + super().extra_repr()
         )
-
-
-def _time(tiles: TileMask | ReorderedTiles) -> float:
-    """Estimated time of the products, over the dense ones'."""
-    return (1 - tiles.empty) / RATES.get(tiles.tile, 1.0)

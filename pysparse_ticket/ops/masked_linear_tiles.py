@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
-from .tile_mask import TileMask, group
+from .tile_mask import TileMask
 
 ACTIVATIONS = (None, "relu", "gelu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +76,7 @@ def _flat(t: Tensor) -> Tensor:
 
 def _run(x, values, bias, tensors, shape, tile, activation, clean, keep):
     launch = kernel_module("tile_launch")
-    tiles = launch.Tiles(*tensors, tuple(shape), tuple(tile), group(tile[1]))
+    tiles = TileMask(tuple(shape), tuple(tile), *tensors)
     keep_z = keep and activation == "gelu"
     with torch.cuda.device_of(x):
         w = values.contiguous() if clean and values.dtype == x.dtype else launch.masked_values(values, tiles, x.dtype)
@@ -87,7 +87,7 @@ def _run(x, values, bias, tensors, shape, tile, activation, clean, keep):
 
 def _run_backward(grad, x, values, out, tensors, shape, tile, activation, dtype, need_x, need_values, need_bias):
     launch = kernel_module("tile_launch")
-    tiles = launch.Tiles(*tensors, tuple(shape), tuple(tile), group(tile[1]))
+    tiles = TileMask(tuple(shape), tuple(tile), *tensors)
     dy = _flat(grad)
     if activation:
         through = torch.ops.aten.threshold_backward if activation == "relu" else torch.ops.aten.gelu_backward

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .masked_linear_tiles import DTYPES, masked_linear_tiles
-from .tile_mask import RATES, TileMask
+from .tile_mask import TileMask
 from .tile_order import TileOrder, filled_tiles, tile_order
 
 # Orders are searched for at these sizes; what one leaves may then be cut otherwise. Of log-normal masks those for 128
@@ -80,7 +80,7 @@ class ReorderedTiles:
             order = tile_order(mask, size)
             found.append((order, TileMask.from_mask(order.kept(mask), tile)))
         worth = [one for one in found if not one[0].identity] or found
-        order, kept = min(worth, key=lambda one: _time(one[1]))
+        order, kept = min(worth, key=lambda one: one[1].work)
         return cls(
             shape=tuple(mask.shape),
             order=order,
@@ -106,6 +106,11 @@ class ReorderedTiles:
     def empty(self) -> float:
         """Share of the mask's tiles that the kernels skip; those of dropped rows and columns count as empty."""
         return 1 - self.tiles / _count(self.shape, self.tile)
+
+    @property
+    def time(self) -> float:
+        """Estimated time of the products, over the dense ones'."""
+        return self.kept.work / (self.shape[0] * self.shape[1])
 
     def to(self, device: torch.device) -> ReorderedTiles:
         order = self.order
@@ -193,7 +198,3 @@ class _Spread(torch.autograd.Function):
 
 def _count(shape: tuple[int, int], tile: tuple[int, int]) -> int:
     return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
-
-
-def _time(tiles: TileMask) -> float:
-    return tiles.tiles * tiles.tile[0] * tiles.tile[1] / RATES.get(tiles.tile, 1.0)

@@ -75,7 +75,7 @@ class TileMask:
             bits=_pack(grid.permute(0, 2, 1, 3)[row[~full], col[~full]]),
             walk=_walk(row, col, lengths),
             t_walk=_walk(col, row, kept.sum(0)),
-            items=_items(lengths[order], order, group(bk)),
+            items=_items(lengths[order], order, _group(bk)),
         )
 
     def cut(self, mask: Tensor) -> TileMask:
@@ -97,11 +97,32 @@ class TileMask:
         return 1 - self.tiles / (self.grid[0] * self.grid[1])
 
     @property
+    def work(self) -> float:
+        """How many weights a dense product has that takes as long, by estimate."""
+        return self.tiles * self.tile[0] * self.tile[1] / RATES.get(self.tile, 1.0)
+
+    @property
+    def time(self) -> float:
+        """Estimated time of the products, over the dense ones'."""
+        return self.work / (self.shape[0] * self.shape[1])
+
+    @property
+    def group(self) -> int:
+        """How many tiles of one row the weight gradient takes at a time."""
+        return _group(self.tile[1])
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.FIELDS)
 
     def to(self, device: torch.device) -> TileMask:
         return replace(self, **{name: getattr(self, name).to(device) for name in self.FIELDS})
+
+    def expand(self, kept: Tensor) -> Tensor:
+        """bool ``[R, C]``, which tiles are kept, to a mask of this shape."""
+        for dim, side in enumerate(self.tile):
+            kept = kept.repeat_interleave(side, dim)
+        return kept[: self.shape[0], : self.shape[1]]
 
     def survivors(self) -> Tensor:
         """bool ``[tiles, bn, bk]``."""
@@ -123,18 +144,26 @@ class TileMask:
         return tiles * self.survivors()
 
 
-def group(bk: int) -> int:
-    """How many tiles of one row the weight gradient takes at a time: they share the load of the output's gradient. A
-    missing one of the last group costs multiplications, which are not what is short, and no loads."""
+def _group(bk: int) -> int:
+    """Tiles of a group share the load of the output's gradient. A missing one of the last group costs multiplications,
+    which are not what is short, and no loads."""
     return min(8, 256 // bk)
 
 
 def choose_tile(mask: Tensor) -> tuple[int, int]:
-    """The size of least estimated time for ``mask``; waits for the device."""
-    small = _cut(mask, 16, 16).any(3).any(1)
-    shares = [_cut(small, bn // 16, bk // 16).any(3).any(1).float().mean() for bn, bk in RATES]
-    times = [share / rate for share, rate in zip(torch.stack(shares).tolist(), RATES.values(), strict=True)]
+    """The size of least estimated time for ``mask``, [N, K], or [N, taps, C] of a convolution, whose tiles hold one tap
+    each; waits for the device."""
+    small = _filled(mask.view(len(mask), -1, mask.shape[-1]), 16, 16)
+    areas = torch.stack([_filled(small, bn // 16, bk // 16).sum() * bn * bk for bn, bk in RATES])
+    times = [area / rate for area, rate in zip(areas.tolist(), RATES.values(), strict=True)]
     return tuple(RATES)[times.index(min(times))]
+
+
+def _filled(mask: Tensor, bn: int, bk: int) -> Tensor:
+    """bool [N, taps, C] to [N / bn, taps, C / bk]: which tiles hold a survivor."""
+    n, taps, c = mask.shape
+    mask = F.pad(mask, (0, -c % bk, 0, 0, 0, -n % bn))
+    return mask.view(-(-n // bn), bn, taps, -(-c // bk), bk).any(4).any(1)
 
 
 def _cut(matrix: Tensor, bn: int, bk: int) -> Tensor:
