@@ -12,7 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pysparse_ticket as pst
 from pysparse_ticket.models import build
-from pysparse_ticket.ops.library import backend_of, use_backend
+from pysparse_ticket.ops import masked_conv2d_tiles, masked_linear_tiles
+from pysparse_ticket.ops.conv_tiles import ConvTiles
+from pysparse_ticket.ops.library import backend_of, kernel_module, use_backend
+from pysparse_ticket.ops.tile_mask import TileMask
 
 ATEN = torch.ops.aten
 READS = {  # ops whose result, or its size, the host has to wait for
@@ -100,7 +103,7 @@ def sparse_and_optimizer(name, plan, make=lambda p: torch.optim.SGD(p, 0.05, mom
     return sparse, make(sparse.parameters())
 
 
-@pytest.mark.parametrize("plan", ["packed", "dense"])
+@pytest.mark.parametrize("plan", ["packed", "dense", "blocks"])
 @pytest.mark.parametrize("ticket", TICKETS)
 def test_a_training_step_never_waits_for_the_device(ticket, plan):
     model, optimizer = sparse_and_optimizer(ticket, plan)
@@ -131,6 +134,44 @@ def test_a_step_with_fused_norms_never_waits_for_the_device(momentum):
     assert backend_of("filter_conv2d_norm") == "triton" and int(model[1].num_batches_tracked) == 2
 
 
+class Launched:
+    """In place of a kernel: remembers that it was launched."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.grids.append(grid)
+
+
+@pytest.mark.parametrize("clean", [False, True], ids=["masked", "clean"])
+def test_the_launches_over_tiles_never_wait_for_the_device(clean, monkeypatch):
+    pytest.importorskip("triton")
+    kernels = {}
+    for module, names in {
+        "masked_linear": ("matmul_tiles", "weight_grad_boxes", "weight_grad_gather", "sum_splits", "mask_tiles"),
+        "masked_conv2d_tiles": ("conv_tiles", "conv_weight_grad"),
+    }.items():
+        for name in names:
+            kernels[name] = Launched()
+            monkeypatch.setattr(kernel_module(module), name, kernels[name])
+    mask = torch.rand(40, 40, 3, 3) < 0.5
+    conv = ConvTiles.from_mask(mask, (16, 16), (2, 2), (1, 1))
+    x, values, grad = torch.randn(64, 40, 16, 16), torch.randn(conv.tiles, 16, 16), torch.randn(64, 40, 8, 8)
+    facts = list(conv.tensors), conv.shape, conv.tile, conv.stride, conv.padding, conv.dilation
+    linear = TileMask.from_mask(mask[:, :, 0, 0], (16, 16))
+    flat, of_linear = torch.randn(64, 40), (list(linear.tensors), linear.shape, linear.tile, "")
+    with NoHostSync(), NoCopyToHost():
+        masked_conv2d_tiles._run(x, values, None, *facts, clean, True)
+        masked_conv2d_tiles._run_backward(grad, x, values, *facts, torch.float32, True, True)
+        masked_linear_tiles._run(flat, values[: linear.tiles], None, *of_linear, clean, True)
+        masked_linear_tiles._run_backward(
+            flat, flat, values[: linear.tiles], None, *of_linear, torch.float32, True, True, True
+        )
+    assert (len(kernels["conv_tiles"].grids), len(kernels["conv_weight_grad"].grids)) == (2, 1)
+    assert len(kernels["matmul_tiles"].grids) == 2 and len(kernels["mask_tiles"].grids) == (0 if clean else 2)
+
+
 @pytest.mark.parametrize(
     "wait",
     [
@@ -159,6 +200,7 @@ CAPTURED = {
     "filter": ("resnet", {"score": "magnitude", "granularity": "filter", "remove": 60}, "auto", "sgd"),
     "fused norm": ("resnet", {"score": "magnitude", "granularity": "filter", "remove": 60}, "fused norm", "sgd"),
     "weight": ("resnet", {"score": "magnitude", "granularity": "weight", "sparsity": 0.9}, "packed", "sgd"),
+    "blocks": ("resnet", {"score": "random", "granularity": "block:16x16", "sparsity": 0.75}, "blocks", "sgd"),
     "masked layers": ("mlp", {"score": "magnitude", "granularity": "weight", "sparsity": 0.9}, "packed", "adam"),
     "masked layers that run dense": (
         "mlp",

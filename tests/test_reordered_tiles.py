@@ -366,7 +366,7 @@ def test_the_plan_on_a_gpu_races_it_and_reports_the_tiles(monkeypatch, tmp_path,
     dead_ones = int((~mask.any(1)).sum()), int((~mask.any(0)).sum())
     assert dead_ones[0] >= 2 and dead_ones[1] >= 1 and layout.empty > 0.4
     assert row.why == (
-        f"fastest here; 0% of the 128 x 128 tiles are empty, {layout.empty:.0%} reordered"
+        f"fastest here; 0% of the 128 x 128 tiles are empty, 0% of the 64 x 64 ones, {layout.empty:.0%} reordered"
         f" ({order.how}; {dead_ones[0]} rows, {dead_ones[1]} columns dead)"
     )
 

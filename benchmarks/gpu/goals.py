@@ -27,6 +27,9 @@ GOALS |= {
     for arm in ("compact", "full shape", "compact, fused", "full shape, fused")
 }
 GOALS |= {
+    ("block_conv", "all 3x3 layers", "block 64", "step", sparsity): goal for sparsity, goal in ((0.9, 1.9), (0.75, 1.2))
+}
+GOALS |= {
     ("model resnet56", "CIFAR-shaped, batch 128", "layer", "step", 12 / 27): 1.7,
     ("model resnet56", "CIFAR-shaped, batch 128", "layer", "joules a step", 12 / 27): 1 / 0.6,
     ("model resnet50", "ImageNet-shaped, batch 128", "filter", "step", 0.5): 1.6,

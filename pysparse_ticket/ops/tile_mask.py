@@ -153,7 +153,7 @@ def _group(bk: int) -> int:
 def choose_tile(mask: Tensor) -> tuple[int, int]:
     """The size of least estimated time for ``mask``, [N, K], or [N, taps, C] of a convolution, whose tiles hold one tap
     each; waits for the device."""
-    small = _filled(mask.view(len(mask), -1, mask.shape[-1]), 16, 16)
+    small = _filled(mask.reshape(len(mask), -1, mask.shape[-1]), 16, 16)
     areas = torch.stack([_filled(small, bn // 16, bk // 16).sum() * bn * bk for bn, bk in RATES])
     times = [area / rate for area, rate in zip(areas.tolist(), RATES.values(), strict=True)]
     return tuple(RATES)[times.index(min(times))]
