@@ -51,14 +51,13 @@ WEIGHT_GRAD_POINTERS = {
 WEIGHT_GRAD_FLOAT = {128: [Config(32, 8, 3)]} | {side: [Config(32, 4, 3)] for side in (64, 32, 16)}
 WEIGHT_GRAD_STRICT = {side: [Config(16, 8, 2)] for side in MATMUL}
 
-
 # Convolutions, through pointers, a program an output tile: several on a multiprocessor hide each other's beginnings and
 # ends. ``block`` is pixels. 64 channels of 128 pixels on 4 warps take all 255 registers on sm_80, so 8 go first
 CONV = {
     128: [Config(128, 8, 3), Config(128, 8, 4)],
     64: [Config(128, 8, 3), Config(256, 8, 3), Config(128, 4, 3)],
     32: [Config(128, 4, 4), Config(256, 8, 4)],
-    16: [Config(128, 4, 4), Config(256, 8, 4)],
+    16: [Config(128, 4, 4)],  # 8 warps have 2 bytes of the tile a thread, which cp.async does not copy
 }
 CONV_FLOAT = {side: [Config(128, 8 if side > 64 else 4, 3)] for side in MATMUL}
 CONV_WEIGHT_GRAD = {
@@ -67,12 +66,13 @@ CONV_WEIGHT_GRAD = {
     32: [Config(64, 8, 3), Config(32, 4, 3, 1, 2)],
     16: [Config(64, 4, 3, 1, 2)],
 }
+CONV_WEIGHT_GRAD_FLOAT = {128: [Config(16, 8, 3)]} | {side: [Config(32, 8, 3)] for side in (64, 32, 16)}
 # {kernel: (16 bits by descriptors, 16 bits by pointers, TF32, strict float32)}
 TABLES = {
     "matmul": (MATMUL, MATMUL_POINTERS, MATMUL_FLOAT, MATMUL_STRICT),
     "weight_grad": (WEIGHT_GRAD, WEIGHT_GRAD_POINTERS, WEIGHT_GRAD_FLOAT, WEIGHT_GRAD_STRICT),
     "conv": (None, CONV, CONV_FLOAT, MATMUL_STRICT),
-    "conv_weight_grad": (None, CONV_WEIGHT_GRAD, WEIGHT_GRAD_FLOAT, WEIGHT_GRAD_STRICT),
+    "conv_weight_grad": (None, CONV_WEIGHT_GRAD, CONV_WEIGHT_GRAD_FLOAT, WEIGHT_GRAD_STRICT),
 }
 
 

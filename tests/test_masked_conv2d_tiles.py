@@ -123,18 +123,29 @@ def test_the_weight_gradient_is_split_over_pixels(gpu_or_interpreter, poison, mo
     assert splits[0][0] > 1
 
 
+def within(t, shape, where):
+    """The same images as part of channels_last ones that are NaN elsewhere."""
+    wide = torch.full(shape, torch.nan, device=t.device).contiguous(memory_format=torch.channels_last)
+    wide[where] = t
+    return wide[where]
+
+
 def test_reads_any_strides(gpu_or_interpreter, poison):
     x, values, bias, tiles = case(gpu_or_interpreter, "3x3 stride 2")
     *wanted, grad = run(x, values, bias, tiles)
-    wide = torch.full((*x.shape[:1], 2 * x.shape[1], *x.shape[2:]), torch.nan, device=x.device)
-    wide[:, ::2] = x
-    rows = torch.full((*x.shape[:2], x.shape[2] + 1, x.shape[3] + 2), torch.nan, device=x.device)
-    rows = rows.contiguous(memory_format=torch.channels_last)
-    rows[:, :, 1:, 2:] = x
+    (n, c, h, w), o = x.shape, bias.numel()
     stretched = torch.stack([values, values], -1)[..., 0]
-    for one in (x.contiguous(), wide[:, ::2], rows[:, :, 1:, 2:]):
-        *got, _ = run(one, stretched, bias, tiles, grad.contiguous())
-        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    every = slice(None)
+    for one, of_y in (
+        (x.contiguous(), grad.contiguous()),
+        (within(x, (n, 2 * c, h, w), (every, slice(None, None, 2))), grad),
+        (within(x, (n, c, h + 1, w + 2), (every, every, slice(1, None), slice(2, None))), grad),
+        # behind the last channel, in reach of the last tile
+        (within(x, (n, c + 3, h, w), (every, slice(c))), within(grad, (n, o + 3, *grad.shape[2:]), (every, slice(o)))),
+    ):
+        *got, dbias, _ = run(one, stretched, bias, tiles, of_y)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted[:3], strict=True))
+        assert relative(dbias, wanted[3]) < 2e-6
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
@@ -354,6 +365,11 @@ def test_layouts_are_cut_once_a_mask(monkeypatch):
     assert masked.tiles_of("blocks").tile == (32, 16) and len(cuts) == 2
     masked.set_mask(~masked.mask)
     assert masked.layout.tile == (16, 16) and len(cuts) == 3
+    masked.set_format("packed")
+    masked.set_mask(~masked.mask)
+    masked.tile = (16, 16)
+    masked.set_format("blocks")
+    assert torch.equal(masked.layout.scatter(masked.layout.survivors().float()) != 0, masked.mask) and len(cuts) == 4
     assert masked.to("meta").layout.walk.is_meta
 
 

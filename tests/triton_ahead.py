@@ -125,10 +125,10 @@ def every(arch: int) -> Iterator[dict]:
             yield conv_weight_grad(config, (side, side), half, "ieee", arch)
     first = configs.candidates("conv", 64, half, "ieee", False, 8192)[0]
     yield conv(first, (64, 64), half, "ieee", arch, transposed=True)
-    for precision in ("tf32", "ieee") if hopper else ("tf32",):
+    for side, precision in ((128, "tf32"), (64, "tf32"), (64, "ieee"))[: None if hopper else 2]:
         for kernel, compile_one in (("conv", conv), ("conv_weight_grad", conv_weight_grad)):
-            config = configs.candidates(kernel, 64, single, precision, False, 8192)[0]
-            yield compile_one(config, (64, 64), single, precision, arch)
+            config = configs.candidates(kernel, side, single, precision, False, 8192)[0]
+            yield compile_one(config, (side, side), single, precision, arch)
     yield small(kernels.mask_tiles, arch, TRANSPOSE=False)
     yield small(kernels.sum_splits, arch, SPLIT=4)
 

@@ -16,6 +16,7 @@ from bf16 import avoid_broken_amx
 from torch import Tensor, nn
 
 from gpu.checks import LIMITS, relative_error, strict_float32
+from gpu.tickets import block_mask
 from pysparse_ticket.granularity import expand_blocks
 from pysparse_ticket.nn import FilterSparseConv2d, MaskedConv2d, MaskedLinear
 from pysparse_ticket.ops.filter_conv2d_norm import filter_conv2d_norm
@@ -49,9 +50,11 @@ def modules(device: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for images, channels, side, filters, stride in CONV:
         shape, size = f"{images}x{channels}x{side}x{side} to {filters}", (images, channels, side, side)
         conv = nn.Conv2d(channels, filters, 3, stride, 1).to(device)
-        mask = (torch.rand(conv.weight.shape) < 0.2).to(device)
-        for fmt in MaskedConv2d.FORMATS:
-            yield from _in_format(MaskedConv2d.from_dense(conv, mask), fmt, shape, size, device)
+        found = {"": torch.rand(conv.weight.shape) < 0.2, ", blocks": block_mask(tuple(conv.weight.shape), 16, 0.5)}
+        for name, mask in found.items():
+            for fmt in MaskedConv2d.FORMATS:
+                masked = MaskedConv2d.from_dense(conv, mask.to(device))
+                yield from _in_format(masked, fmt, shape + name, size, device)
         keep_out, keep_in = torch.arange(filters) % 3 != 1, torch.arange(channels) % 2 == 0
         for fmt in getattr(FilterSparseConv2d, "FORMATS", (None,)):
             sparse = FilterSparseConv2d.from_dense(conv, keep_out.to(device), keep_in.to(device))

@@ -210,6 +210,9 @@ class MaskedModule(nn.Module):
             return ""
         if reason := why_missing("triton"):
             return f"no triton backend: {reason}"
+        return self._tiles_note()
+
+    def _tiles_note(self) -> str:
         tiles = self.tiles_of("blocks")
         return f"{tiles.empty:.0%} of the {tiles.tile[0]} x {tiles.tile[1]} tiles are empty"
 
@@ -239,7 +242,10 @@ class MaskedModule(nn.Module):
         weight, grad = self.dense_like(old), None if old.grad is None else self.dense_like(old.grad)
         self._parameters.pop("values" if self.packed else "weight")
         self.format = format
-        self._layout = (format, self.tile) if format in TILED and self.tiles_of(format) else None
+        self._layout = None
+        if format in TILED:
+            self.tiles_of(format)
+            self._layout = format, self.tile
         if format == "dense":
             self._mask = self._laid_out(self.pattern.mask())
         else:

@@ -127,11 +127,10 @@ class MaskedLinear(MaskedModule):
         worth = not reordered.order.identity and reordered.time < self.tiles_of("blocks").time
         return ("blocks", "reordered") if worth else ("blocks",)
 
-    def race_note(self) -> str:
-        note = super().race_note()
-        if ("blocks", self.tile) not in self._layouts or self.tiles_of("reordered").order.identity:
+    def _tiles_note(self) -> str:
+        note, tiles, reordered = super()._tiles_note(), self.tiles_of("blocks"), self.tiles_of("reordered")
+        if reordered.order.identity:
             return note
-        tiles, reordered = self.tiles_of("blocks"), self.tiles_of("reordered")
         order, (bn, bk) = reordered.order, reordered.tile
         if reordered.tile != tiles.tile:
             note += f", {reordered.empty_before:.0%} of the {bn} x {bk} ones"
