@@ -38,18 +38,19 @@ def ops(tmp_path_factory):
     schemas._destroy()
 
 
-def schedules(ops, pattern):
+def schedules(ops, pattern, windows=None):
     rows, columns = pattern.shape
+    how = 0 if windows is None else -1 - windows
     return (
-        ops.linear_schedule(pattern.row_ptr, pattern.col, None, columns, 0),
-        ops.linear_schedule(pattern.t_row_ptr, pattern.t_col, pattern.t_perm, rows, 0),
+        ops.linear_schedule(pattern.row_ptr, pattern.col, None, columns, how),
+        ops.linear_schedule(pattern.t_row_ptr, pattern.t_col, pattern.t_perm, rows, how),
     )
 
 
-def emulated(ops, x, values, bias, pattern, grad, relu=False, need=(True, True, True)):
+def emulated(ops, x, values, bias, pattern, grad, relu=False, need=(True, True, True), windows=None):
     """Output and gradients of x, values and bias."""
     rows, columns = pattern.shape
-    walks = schedules(ops, pattern)
+    walks = schedules(ops, pattern, windows)
     y, packed = ops.masked_linear(x, values, bias, *walks, rows, relu, True)
     return y, *ops.masked_linear_backward(grad, packed, values, y if relu else None, *walks, columns, *need)
 
@@ -118,7 +119,7 @@ def test_weights_wait_in_the_ring_as_long_as_they_may(ops, poison, monkeypatch, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_activations_are_summed_in_float32(ops, poison, dtype, features):
     x, values, bias, pattern, grad = case((70,), *features, 0.3, dtype=dtype)
-    actual = emulated(ops, x, values, bias, pattern, grad)
+    actual = emulated(ops, x, values, bias, pattern, grad, windows=0)
     expected = run(x.double(), values, bias, pattern, grad.double(), torch.float64)
     assert [t.dtype for t in actual] == [dtype, dtype, torch.float32, torch.float32]
     rounding = torch.finfo(dtype).eps / 2
@@ -168,3 +169,122 @@ def test_schedules_of_another_pattern_are_refused(ops):
     other = schedules(ops, Pattern.from_mask(torch.ones(53, 37, dtype=torch.bool)))
     with pytest.raises(RuntimeError, match="schedule is of another pattern"):
         ops.masked_linear(x, values, bias, *other, 53, False, True)
+
+
+# --- windows of 16 rows on tensor cores
+
+
+class Header:
+    """Words of csrc/cuda/linear_schedule.h"""
+
+    TILES, GROUPS, FIRST, SLOT = 17, 20, 22, 23
+
+
+def groups_of(schedule):
+    """Places in the ring of each group's columns."""
+    words = schedule.numpy()
+    groups, at = words[Header.GROUPS], words[Header.SLOT]
+    return torch.from_numpy(words[at : at + groups * 8].copy().view("uint16").astype("int64")).view(-1, 16)
+
+
+TILES = pytest.mark.parametrize("tiles", [1, 2], ids=["one tile", "two tiles"])
+WINDOW_SHAPES = {
+    **{name: SHAPES[name] for name in SHAPES if name != "two chunks of rows, four stages"},
+    "three chunks of rows, nine stages": ((70,), 560, 600, 0.05),
+    "three tiles of samples": ((130,), 64, 90, 0.2),
+}
+
+
+@TILES
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in WINDOW_SHAPES),
+        ("ragged batch", torch.float16),
+        ("full mask", torch.float16),
+    ],
+    ids=str,
+)
+def test_windows_equal_dense_linear_with_weights_of_the_activations_type(ops, poison, tiles, dtype, shape):
+    batch, in_features, out_features, density = WINDOW_SHAPES[shape]
+    x, values, bias, pattern, grad = case(batch, in_features, out_features, density, dtype=dtype)
+    assert pattern.nnz == 0 or all(s[Header.TILES] == tiles for s in schedules(ops, pattern, tiles))
+    actual = emulated(ops, x, values, bias, pattern, grad, windows=tiles)
+    expected = run(x.double(), values.to(dtype).double(), bias.double(), pattern, grad.double(), torch.float64)
+    rounding, samples = torch.finfo(dtype).eps / 2, x.numel() // in_features
+    most = (rounding + bound(in_features), rounding + bound(out_features), bound(samples), bound(samples))
+    for name, a, e, limit in zip(("y", "dx", "dvalues", "dbias"), actual, expected, most, strict=True):
+        assert a.shape == e.shape
+        assert error(a, e) <= limit, name
+
+
+@TILES
+@pytest.mark.parametrize("mask", ["8x1 blocks", "random, few removed", "2:4", "mixed", "every eighth column", "early"])
+def test_windows_of_masks_with_structure(ops, poison, monkeypatch, tiles, mask):
+    def eighths(rows, columns, gen):
+        return (torch.rand(rows, columns, generator=gen) < 0.5) & (torch.arange(columns) % 8 == 3)
+
+    def early(rows, columns, gen):
+        """The columns of one remainder come first, and wait for the others'."""
+        first = torch.arange(columns) % 8 == 5
+        kept = torch.where(first, torch.arange(columns) < 400, torch.arange(columns) > 450)
+        return (torch.rand(rows, columns, generator=gen) < 0.1) & kept
+
+    monkeypatch.setitem(MASKS, "every eighth column", eighths)
+    monkeypatch.setitem(MASKS, "early", early)
+    features = 1000 if mask == "early" else 250
+    x, values, bias, pattern, grad = case((40,), features, 133, mask, dtype=torch.bfloat16)
+    actual = emulated(ops, x, values, bias, pattern, grad, True, windows=tiles)
+    wide = x.double(), values.bfloat16().double(), bias.double(), pattern, grad.double()
+    for a, e in zip(actual[:2], run(*wide, torch.float64, activation="relu"), strict=False):
+        assert error(a, e) <= 2**-8 + bound(features)
+
+
+@TILES
+def test_windows_read_no_column_that_none_of_their_rows_has(ops, tiles):
+    mask = torch.rand(70, 300, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[:, 1::2] = False
+    pattern = Pattern.from_mask(mask)
+    x = torch.full((40, 300), float("inf"), dtype=torch.bfloat16)
+    x[:, ::2] = 1
+    y, _ = ops.masked_linear(x, torch.ones(pattern.nnz), None, *schedules(ops, pattern, tiles), 70, False, False)
+    assert torch.equal(y.float(), mask.sum(1).float().expand(40, 70).bfloat16().float())
+
+
+def test_float32_does_not_take_the_windows(ops):
+    arguments = case((70,), 37, 53, 0.3)
+    without, with_windows = (emulated(ops, *arguments, windows=n) for n in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(without, with_windows, strict=True))
+
+
+def uneven(rows, columns, density, sigma):
+    """Gaussian weights whose rows and columns are scaled by exp(sigma N(0, 1)), the largest kept."""
+    gen = torch.Generator().manual_seed(0)
+    size = torch.randn(rows, columns, generator=gen).abs()
+    size *= (sigma * torch.randn(rows, 1, generator=gen)).exp() * (sigma * torch.randn(1, columns, generator=gen)).exp()
+    return size > size.flatten().kthvalue(round((1 - density) * size.numel())).values
+
+
+@pytest.mark.parametrize(
+    ("density", "sigma", "tiles"),
+    [(0.05, 0.0, 2), (0.01, 0.0, 0), (0.05, 0.5, 2), (0.02, 0.5, 1), (0.01, 1.0, 1)],
+    ids=["random 95%", "random 99%", "uneven 95%", "uneven 98%", "more uneven 99%"],
+)
+def test_windows_are_chosen_where_they_are_full_enough(ops, density, sigma, tiles):
+    pattern = Pattern.from_mask(uneven(1024, 4096, density, sigma))
+    assert ops.linear_schedule(pattern.row_ptr, pattern.col, None, 4096, 0)[Header.TILES] == tiles
+
+
+@TILES
+def test_columns_read_together_lie_in_different_banks(ops, tiles):
+    """Of a random mask's windows; and groups are full: 16 columns each but for the last of a window."""
+    mask = torch.rand(512, 4096, generator=torch.Generator().manual_seed(0)) < 0.05
+    pattern = Pattern.from_mask(mask)
+    schedule = ops.linear_schedule(pattern.row_ptr, pattern.col, None, 4096, -1 - tiles)
+    slots = groups_of(schedule)
+    reads = torch.nn.functional.one_hot(slots.view(-1, 8) % 8, 8).sum(1).max(1).values
+    assert reads.double().mean() < 1.1
+    order = mask.sum(1).view(-1, 512 // tiles).argsort(dim=1, descending=True, stable=True)
+    order += torch.arange(tiles)[:, None] * (512 // tiles)
+    columns = mask[order.flatten()].view(-1, 16, 4096).any(1).sum(1)
+    assert len(slots) * 16 <= columns.sum() + 16 * len(columns)

@@ -26,6 +26,28 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Four 8x8 matrices of 16-bit values, turned: lane i gives the 8 values of matrix i / 8 at column i % 8 of the turned one, and
+// has of each matrix the values in row i / 4, columns i % 4 * 2 and the next
+__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], const void* shared) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from));
+}
+
+// sum [16][8] += a [16][16] b [16][8]; lane i has sum[i / 4 + 8 * (j / 2)][i % 4 * 2 + j % 2]
+template <bool IS_BF16>
+__device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (IS_BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // The compiler must not compute the value again: of values widened from 16 bits it would keep the 16 bits, and widen them
 // for each use.
 __device__ __forceinline__ void keep(float& value) { asm volatile("" : "+f"(value)); }

@@ -36,13 +36,8 @@ inline Budget budget_of(const Tensor& t) {
   return budget;
 }
 
-// A schedule's length is nnz + rows + 2 width modulo 64: most schedules of another pattern are found without asking the device
-constexpr int64_t LENGTHS = 64;
-inline int64_t length_that_fits(int64_t words, int64_t rows, int64_t width, int64_t nnz) {
-  return words + ((nnz + rows + 2 * width - words) % LENGTHS + LENGTHS) % LENGTHS;
-}
 inline void check_schedule(const Tensor& t, int64_t rows, int64_t width, int64_t nnz) {
-  STD_TORCH_CHECK(t.numel() > HEADER && length_that_fits(t.numel(), rows, width, nnz) == t.numel(),
+  STD_TORCH_CHECK(length_fits(t.numel(), rows, width, nnz),
                   "the schedule is of another pattern: make it with linear_schedule(pattern)");
 }
 

@@ -6,12 +6,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <optional>
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/windows.h"
 
 namespace pst::cuda {
 namespace {
@@ -37,6 +39,7 @@ struct Builder {
   Lists product{}, cells{};
   std::vector<int32_t> row{}, first{}, cell_row{}, cell_first{};
   int cell_columns = 0;
+  Windows windows{};
 
   int32_t source(int32_t e) const { return perm ? perm[e] : e; }
 
@@ -165,13 +168,42 @@ struct Builder {
     h.cell_first = put(cell_first);
     h.cell_source = put(cells.source);
     h.cell_slot = put(cells.slot);
+    h.window_tiles = windows.budget.tiles;
+    h.window_columns = windows.columns;
+    h.window_stages = windows.stages;
+    h.window_groups = windows.groups();
+    h.window_row = put(windows.row);
+    h.window_first = put(windows.first);
+    h.window_slot = put(windows.slot);
+    h.window_place = put(windows.place);
     std::memcpy(out.data(), &h, sizeof(h));
-    out.resize(length_that_fits(int64_t(out.size()), rows, width, nnz));
+    int64_t length = int64_t(out.size());
+    while (!length_fits(length, rows, width, nnz) || window_tiles(length) != h.window_tiles) ++length;
+    out.resize(length);
     return out;
   }
 };
 
-// columns is the CPU's affair; perm is given for the transposed pattern, whose schedule has no walk of the weight gradient
+// Cycles of a multiprocessor for 64 samples. Groups of the multiply-adds take 40 each (docs/gpu.md); both wait for L2 too.
+double cycles_of(const Builder& b) {
+  const int64_t bytes = int64_t(chunks_of(b.rows)) * b.width * ROW_BYTES + int64_t(b.product.groups()) * WARP * 8;
+  return std::max(40.0 * b.product.groups(), bytes / L2_BYTES);
+}
+
+// windows: tiles of samples a block, 0 for none, -1 for what is fastest
+void choose_windows(Builder& b, Budget budget, int64_t nnz, int windows) {
+  if (windows == 0 || !nnz) return;
+  double least = windows < 0 ? 0.9 * cycles_of(b) : HUGE_VAL;  // an estimate: more than a little
+  for (int tiles = 1; tiles <= MOST_TILES; ++tiles) {
+    if (windows > 0 && tiles != windows) continue;
+    Windows w = windows_of({b.ptr, b.col, b.perm, b.rows, b.width}, budget, tiles);
+    if (w.cycles(b.rows, b.width) >= least || w.groups() > most_groups(nnz)) continue;
+    least = w.cycles(b.rows, b.width);
+    b.windows = std::move(w);
+  }
+}
+
+// columns is the CPU's affair, below zero it asks for windows of -1 - columns tiles; perm is given for the transposed pattern, whose schedule has no walk of the weight gradient
 Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, int64_t width, int64_t columns) {
   const Device cpu(torch::headeronly::DeviceType::CPU);
   const Tensor ptr = torch::stable::to(row_ptr, cpu), c = torch::stable::to(col, cpu);
@@ -189,6 +221,7 @@ Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, in
   if (!perm)
     for (int of_columns : CELL_COLUMNS)
       if (budget.cell_sums(of_columns) > 0 && b.cells_of(of_columns, budget.cell_sums(of_columns))) break;
+  choose_windows(b, budget, c.numel(), columns < 0 ? int(-1 - columns) : -1);
   STD_TORCH_CHECK(int64_t(b.product.source.size()) + int64_t(b.cells.source.size()) < INT32_MAX / 2,
                   "the packed weights of a layer are indexed with 32 bits; this mask leaves too many: split the layer");
   const std::vector<int32_t> words = b.words(c.numel());

@@ -43,6 +43,15 @@ struct Header {
   int32_t cell_first;   // [cells * WARPS + 1] into cell_groups
   int32_t cell_source;  // [cell_groups * 32]
   int32_t cell_slot;    // [cell_groups * 32] uint16: the column within the cell
+  // Windows on tensor cores, of WINDOW rows; tiles = 0 where there are none
+  int32_t window_tiles;    // of samples a block
+  int32_t window_columns;  // a stage's
+  int32_t window_stages;
+  int32_t window_groups;  // a group is 16 columns of a window
+  int32_t window_row;     // [chunks][warps][windows a warp][WINDOW]
+  int32_t window_first;   // [chunks][warps][stages][windows a warp] + 1, into window_groups
+  int32_t window_slot;    // [window_groups + 1][16] uint16: the columns' places in the ring
+  int32_t window_place;   // [nnz] where each of the layer's values goes, in the groups' weights
 };
 constexpr int HEADER = sizeof(Header) / 4;
 
@@ -58,5 +67,36 @@ struct Budget {
   // of a cell's sums, beside the rows of the gradient and two buffers of columns
   int cell_sums(int columns) const { return (bytes - ROWS * ROW_BYTES - 2 * columns * ROW_BYTES) / 4; }
 };
+
+// A window is 16 rows of the weight and the columns in which any of them has a weight. For each 16 of these columns, a
+// group, a tensor core multiplies 16 samples x 16 columns with 16 columns x 16 rows: the samples' side is read from the ring
+// once for 16 rows, zeros are multiplied too. A warp has 32 rows of sums for 64 samples: two windows and one tile, or one
+// window and two tiles. Chunk c of a column is at c ^ slot % 8 of its place, and of the eight columns that are read together
+// no two have the same slot modulo 8, as far as the window has such: no conflict of banks.
+constexpr int WINDOW = 16;
+constexpr int GROUP_COLUMNS = 16;
+constexpr int GROUP_BYTES = WINDOW * GROUP_COLUMNS * 2;
+constexpr int MOST_TILES = 2;
+struct WindowBudget {
+  int tiles;
+
+  __host__ __device__ constexpr int place_bytes() const { return tiles * ROW_BYTES; }
+  __host__ __device__ constexpr int windows() const { return MOST_TILES / tiles; }  // a warp's
+  __host__ __device__ constexpr int rows() const { return WARPS * windows() * WINDOW; }
+  int chunks(int64_t n) const { return int((n + rows() - 1) / rows()); }
+  // eight places of zeros end the ring
+  int columns(Budget b) const { return (b.bytes - CHUNKS * place_bytes()) / (RING * place_bytes()) / CHUNKS * CHUNKS; }
+  __host__ __device__ constexpr int ring_bytes(int columns) const { return (RING * columns + CHUNKS) * place_bytes(); }
+};
+// which no schedule exceeds: one column of a window has a weight at least, 16 columns of it many more
+constexpr int64_t most_groups(int64_t nnz) { return nnz < 4096 ? nnz : nnz / 8 + 3584; }
+
+// A schedule's length tells the host of it without asking the device: modulo LENGTHS it is nnz + rows + 2 width, as a check
+// that it is of this pattern, and then modulo MOST_TILES + 1 the tiles of its windows.
+constexpr int64_t LENGTHS = 64;
+constexpr bool length_fits(int64_t length, int64_t rows, int64_t width, int64_t nnz) {
+  return length > HEADER && (nnz + rows + 2 * width - length) % LENGTHS == 0;
+}
+constexpr int window_tiles(int64_t length) { return int(length / LENGTHS % (MOST_TILES + 1)); }
 
 }  // namespace pst::cuda

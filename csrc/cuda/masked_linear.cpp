@@ -58,6 +58,15 @@ int64_t most_entries(const Tensor& schedule) { return schedule.numel() * 2 / 3; 
 
 void product(cudaStream_t stream, const Tensor& tiles, const Tensor& values, const float* bias, const Tensor& schedule,
              int64_t samples, int64_t rows, bool relu, Tensor& y) {
+  const int windows = window_tiles(schedule.numel());
+  if (windows && scalar_of(y) != Scalar::f32) {
+    const int64_t nnz = values.numel(), groups = most_groups(nnz) + 1;  // the last is read, not used
+    Tensor weights = empty(values, {groups * GROUP_BYTES / 4});
+    STD_CUDA_CHECK(place_weights(scalar_of(y), words(schedule), floats(values), nnz, weights.mutable_data_ptr(), stream));
+    STD_CUDA_CHECK(multiply_windows(scalar_of(y), budget_of(y), windows, words(schedule), weights.const_data_ptr(),
+                                    tiles.const_data_ptr(), bias, y.mutable_data_ptr(), samples, rows, relu, stream));
+    return;
+  }
   const int64_t most = most_entries(schedule);
   Tensor memory = empty(values, {(most + WARP) * 2});
   Entry* const entries = reinterpret_cast<Entry*>(floats(memory));

@@ -4,13 +4,12 @@
 #include <algorithm>
 
 #include "cuda/arch.h"
+#include "cuda/launch.h"
 #include "cuda/scalars.h"
+#include "cuda/store_rows.h"
 
 namespace pst::cuda {
 namespace {
-
-template <class T>
-constexpr int TOKENS = ROW_BYTES / int(sizeof(T));
 
 constexpr int PACK_THREADS = 256;
 constexpr int PACK_FEATURES = 64;
@@ -139,7 +138,6 @@ __global__ void __launch_bounds__(ROWS, 1)
   }
 
   __syncthreads();
-  constexpr int PAIR = 4 / int(sizeof(T));  // rows that a thread writes together
   const int local = row - chunk * ROWS;
   if (row >= 0)
 #pragma unroll
@@ -147,34 +145,10 @@ __global__ void __launch_bounds__(ROWS, 1)
       if (relu)
 #pragma unroll
         for (int k = 0; k < V; ++k) sum[i][k] = sum[i][k] < 0 ? 0 : sum[i][k];
-      reinterpret_cast<uint4*>(ring)[local * CHUNKS + (turn(i) ^ (local / PAIR & (CHUNKS - 1)))] = pack<T>(sum[i]);
+      reinterpret_cast<uint4*>(ring)[stored_at<T>(local, turn(i))] = pack<T>(sum[i]);
     }
   __syncthreads();
-  const int64_t t0 = int64_t(blockIdx.y) * TOKENS<T>;
-  const bool together = PAIR == 2 && rows % 2 == 0;
-  for (int i = threadIdx.x; i < ROWS / PAIR * CHUNKS; i += ROWS) {
-    const int r = i % (ROWS / PAIR) * PAIR, c = i / (ROWS / PAIR);
-    const int64_t to = int64_t(chunk) * ROWS + r;
-    if (to >= rows) continue;
-    const int place = c ^ (r / PAIR & (CHUNKS - 1));
-    float v[PAIR][V];
-#pragma unroll
-    for (int p = 0; p < PAIR; ++p) unpack<T>(reinterpret_cast<const uint4*>(ring)[(r + p) * CHUNKS + place], v[p]);
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int64_t t = t0 + c * V + k;
-      if (t >= samples) break;
-      T* const out = y + t * rows + to;
-      if (together) {
-        const float both[2] = {v[0][k], v[PAIR - 1][k]};
-        *reinterpret_cast<uint32_t*>(out) = Words<T>::word(both);
-      } else {
-#pragma unroll
-        for (int p = 0; p < PAIR; ++p)
-          if (to + p < rows) out[p] = from_float<T>(v[p][k]);
-      }
-    }
-  }
+  store_rows<T>(reinterpret_cast<const uint4*>(ring), chunk * ROWS, ROWS, y, rows, samples, int64_t(blockIdx.y) * TOKENS<T>);
 }
 
 // A block has a cell and a split of the batch, then the next
@@ -288,32 +262,6 @@ __global__ void __launch_bounds__(FLAT_THREADS) sum_tiles_kernel(const float* su
     out[f] = sum;
   }
 }
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, cudaStream_t stream,
-                   Arguments... arguments) {
-  if (!grid.x || !grid.y) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
-
-// f(T{}) with the activations' type
-template <class F>
-cudaError_t of_type(Scalar type, F f) {
-  if (type == Scalar::f32) return f(float{});
-  return type == Scalar::bf16 ? f(bf16{}) : f(half{});
-}
-
-unsigned ceil_div(int64_t n, int64_t d) { return unsigned((n + d - 1) / d); }
 
 // a loop over `most` things takes the rest
 dim3 flat(int64_t most) { return dim3(unsigned(std::clamp<int64_t>(most / FLAT_THREADS, 1, 2048))); }

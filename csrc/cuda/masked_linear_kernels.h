@@ -31,6 +31,13 @@ cudaError_t gather_entries(const int32_t* schedule, const float* values, int64_t
 cudaError_t multiply(Scalar, Budget, const int32_t* schedule, const Entry* entries, const void* x, const float* bias,
                      void* y, int64_t samples, int64_t rows, bool relu, cudaStream_t);
 
+// weights [groups * 256], of the activations' type, 16 bits: the values at their places, zeros elsewhere
+cudaError_t place_weights(Scalar, const int32_t* schedule, const float* values, int64_t nnz, void* weights, cudaStream_t);
+
+// the same y from windows of `tiles` tiles a block and their weights
+cudaError_t multiply_windows(Scalar, Budget, int tiles, const int32_t* schedule, const void* weights, const void* x,
+                             const float* bias, void* y, int64_t samples, int64_t rows, bool relu, cudaStream_t);
+
 // partial[split][entry of a cell] = <x[column], dy[row]> over a split's tiles, both in tiles; `blocks` take cells and splits
 // in turn
 cudaError_t sample(Scalar, Budget, const int32_t* schedule, const void* x, const void* dy, int64_t tiles, int splits,

@@ -25,16 +25,28 @@ def column_tile(nnz: int, rows: int, columns: int) -> int:
     return max(1, -(-columns // tiles))
 
 
-def linear_schedule(pattern: Pattern) -> Schedules:
+def linear_schedule(pattern: Pattern, windows: int | None = None) -> Schedules:
     """The order in which the kernels walk ``pattern`` and its transpose: int32 tensors, made once a mask; the CPU's
-    kernels', or the GPU's for a pattern on a GPU that has them, and then the GPU is waited for."""
+    kernels', or the GPU's for a pattern on a GPU that has them, and then the GPU is waited for.
+
+    windows: of the GPU's alone, for 16-bit x: 0 for multiply-adds, 1 or 2 for windows of 16 rows on tensor cores with
+    that many tiles of 64 samples a block, None for whichever an estimate from the mask finds fastest.
+    """
+    if windows not in (None, 0, 1, 2):
+        raise ValueError(
+            f"windows has 0, 1 or 2 tiles of samples a block, or None for a choice by the mask, not {windows!r}"
+        )
     out_features, in_features = pattern.shape
     stays = pattern.col.is_cuda and on_cuda("linear_schedule")
     row_ptr, col, t_row_ptr, t_col, t_perm = (t if stays else t.cpu() for t in pattern.tensors)
     op = torch.ops.pysparse_ticket.linear_schedule
+
+    def how(rows: int, columns: int) -> int:
+        return -1 - windows if stays and windows is not None else column_tile(pattern.nnz, rows, columns)
+
     return (
-        op(row_ptr, col, None, in_features, column_tile(pattern.nnz, out_features, in_features)),
-        op(t_row_ptr, t_col, t_perm, out_features, column_tile(pattern.nnz, in_features, out_features)),
+        op(row_ptr, col, None, in_features, how(out_features, in_features)),
+        op(t_row_ptr, t_col, t_perm, out_features, how(in_features, out_features)),
     )
 
 
@@ -51,8 +63,9 @@ def masked_linear(
 
     x ``[..., in]``, values ``[nnz]``, bias ``[out]`` or None, pattern of shape ``[out, in]``; returns ``[..., out]`` of
     x's dtype. The ``cpu`` backend takes float32 and bfloat16 x, sums in float32, and runs under autocast to bfloat16
-    with the values left in float32; so does ``cuda``, which also takes float16 x; any other dtype or device runs on
-    ``reference``. ``schedules`` is ``linear_schedule(pattern)``, made anew in each call that does not give it.
+    with the values left in float32; so does ``cuda``, which also takes float16 x, and where it multiplies on tensor cores
+    rounds the values to a 16-bit x's dtype; any other dtype or device runs on ``reference``. ``schedules`` is
+    ``linear_schedule(pattern)``, made anew in each call that does not give it.
     ValueError for shapes that do not fit.
     """
     if len(pattern.shape) != 2:

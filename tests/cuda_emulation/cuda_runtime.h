@@ -52,51 +52,74 @@ struct Fiber {
   jmp_buf here;
   std::vector<char> stack = std::vector<char>(STACK);
   bool begun = false, done = false;
-  unsigned block_arrivals = 0, warp_arrivals = 0;
+};
+
+struct Block;
+
+// Threads that wait for each other; one that ends waits for nobody
+struct Barrier {
+  int threads = 0, waiting = 0;
+  unsigned passed = 0;
+
+  void wait(Block& block);
+  void end() {
+    --threads;
+    pass();
+  }
+  void pass() {
+    if (waiting < threads) return;
+    waiting = 0;
+    ++passed;
+  }
 };
 
 // one block at a time
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<char> shared;
-  std::vector<uint32_t> exchange;  // what a warp's threads show each other
+  struct Shown {
+    float values[12];
+    const void* address;
+  };
+  std::vector<Shown> exchange;  // what a warp's threads show each other
   std::function<void()> body;
   ucontext_t main;
   jmp_buf scheduler;
   int current = 0;
   dim3 thread, block, grid, threads;
+  Barrier everyone;
+  std::vector<Barrier> warps;
 
-  unsigned least(unsigned Fiber::* arrivals, int from, int to) {
-    unsigned n = ~0u;
-    for (int i = from; i < to; ++i)
-      if (!fibers[i].done) n = std::min(n, fibers[i].*arrivals);
-    return n;
-  }
   void leave() {
     if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
   }
-  void barrier() {
-    const unsigned mine = ++fibers[current].block_arrivals;
-    while (least(&Fiber::block_arrivals, 0, int(threads.x)) < mine) leave();
-  }
-  void warp_barrier() {
-    const int from = current / WARP * WARP, to = std::min(from + WARP, int(threads.x));
-    const unsigned mine = ++fibers[current].warp_arrivals;
-    while (least(&Fiber::warp_arrivals, from, to) < mine) leave();
-  }
+  void barrier() { everyone.wait(*this); }
+  void warp_barrier() { warps[current / WARP].wait(*this); }
   void run();
 };
+
+inline void Barrier::wait(Block& block) {
+  const unsigned turn = passed;
+  ++waiting;
+  pass();
+  while (passed == turn) block.leave();
+}
 
 inline Block block;
 
 inline void enter() {
   block.body();
   block.fibers[block.current].done = true;
+  block.everyone.end();
+  block.warps[block.current / WARP].end();
   _longjmp(block.scheduler, 1);
 }
 
 inline void Block::run() {
-  for (Fiber& f : fibers) f.begun = f.done = false, f.block_arrivals = f.warp_arrivals = 0;
+  for (Fiber& f : fibers) f.begun = f.done = false;
+  everyone = {int(threads.x)};
+  warps.assign((threads.x + WARP - 1) / WARP, {});
+  for (unsigned i = 0; i < threads.x; ++i) ++warps[i / WARP].threads;
   static volatile bool left;
   for (left = true; left;) {
     left = false;
@@ -127,9 +150,9 @@ inline void __syncwarp() { emulation::block.warp_barrier(); }
 inline float __shfl_xor_sync(uint32_t, float value, int step) {
   emulation::Block& b = emulation::block;
   const int me = b.current;
-  b.exchange[me] = __float_as_uint(value);
+  b.exchange[me].values[0] = value;
   b.warp_barrier();
-  const float other = __uint_as_float(b.exchange[me ^ step]);
+  const float other = b.exchange[me ^ step].values[0];
   b.warp_barrier();
   return other;
 }

@@ -29,3 +29,4 @@ using EmulatedGuard = emulation::Guard;
 #include "cuda/linear_schedule.cpp"
 #include "cuda/masked_linear.cpp"
 #include "cuda/masked_linear_kernels.cu"
+#include "cuda/window_kernels.cu"

@@ -1,0 +1,155 @@
+// Windows for tensor cores (linear_schedule.h), built on the CPU
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "cuda/linear_schedule.h"
+
+namespace pst::cuda {
+
+constexpr double L2_BYTES = 26;  // a cycle and multiprocessor: 6 TB/s of an H100
+
+struct Windows {
+  WindowBudget budget{};
+  int columns = 0, stages = 0;
+  int64_t reads = 0;  // of eight columns' chunks: cycles of shared memory
+  std::vector<int32_t> row{}, first{}, place{};
+  std::vector<uint16_t> slot{};
+
+  int32_t groups() const { return first.empty() ? 0 : first.back(); }
+
+  // of a multiprocessor for 64 samples: shared memory and what comes through L1 beside it (512 bytes of weights and 32 of
+  // slots a group), tensor cores at 62% of their rate (16 x 8 x 16 in 1.6 cycles), L2
+  double cycles(int64_t rows, int64_t width) const {
+    const int t = budget.tiles;
+    const double shared = double(reads) * CHUNKS * t + 5.0 * groups(), tensor = 8 * 1.6 * t * groups();
+    const double bytes = double(budget.chunks(rows)) * double(width) * ROW_BYTES * t + (GROUP_BYTES + 32.0) * groups();
+    return std::max({shared, tensor, bytes / L2_BYTES}) / t;
+  }
+};
+
+// see Builder
+struct Rows {
+  const int32_t *ptr, *col, *perm;
+  int64_t rows, width;
+};
+
+// The columns of one window that are in the ring, by slot modulo 8, as the product takes them
+struct Waiting {
+  std::vector<int32_t> columns[CHUNKS];
+  size_t taken[CHUNKS] = {};
+
+  size_t left(int c) const { return columns[c].size() - taken[c]; }
+  bool any() const {
+    for (int c = 0; c < CHUNKS; ++c)
+      if (left(c)) return true;
+    return false;
+  }
+  size_t least() const {
+    size_t n = left(0);
+    for (int c = 1; c < CHUNKS; ++c) n = std::min(n, left(c));
+    return n;
+  }
+  bool leaves(int64_t before) const {
+    for (int c = 0; c < CHUNKS; ++c)
+      if (left(c) && columns[c][taken[c]] < before) return true;
+    return false;
+  }
+  // Eight columns, -1 for none, of as many remainders as there are; returns how many share the commonest
+  int take(int32_t (&out)[CHUNKS]) {
+    int used[CHUNKS] = {}, most = 1;
+    for (int32_t& o : out) {
+      int best = -1;
+      for (int c = 0; c < CHUNKS; ++c)
+        if (left(c) && (best < 0 || used[c] < used[best] || (used[c] == used[best] && left(c) > left(best)))) best = c;
+      o = best < 0 ? -1 : columns[best][taken[best]++];
+      if (best >= 0) most = std::max(most, ++used[best]);
+    }
+    // padding reads zeros, of remainders that are free
+    for (int32_t& o : out)
+      if (o < 0) {
+        const int c = int(std::min_element(used, used + CHUNKS) - used);
+        ++used[c];
+        o = -1 - c;
+      }
+    return most;
+  }
+};
+
+inline Windows windows_of(const Rows& m, Budget memory, int tiles) {
+  Windows w;
+  w.budget = {tiles};
+  w.columns = w.budget.columns(memory);
+  w.stages = int((m.width + w.columns - 1) / w.columns);
+  const int windows = w.budget.windows(), of_chunk = w.budget.rows(), chunks = w.budget.chunks(m.rows);
+  w.row.assign(int64_t(chunks) * of_chunk, -1);
+  w.place.resize(m.rows ? m.ptr[m.rows] : 0);
+  std::vector<int32_t> order(of_chunk), at(m.width);
+  std::vector<std::vector<int32_t>> columns(windows);
+  int32_t groups = 0;
+  for (int c = 0; c < chunks; ++c) {
+    const int32_t begin = c * of_chunk, n = int32_t(std::min<int64_t>(of_chunk, m.rows - begin));
+    std::iota(order.begin(), order.begin() + n, begin);
+    std::fill(order.begin() + n, order.end(), -1);
+    std::stable_sort(order.begin(), order.begin() + n,
+                     [&](int32_t a, int32_t b) { return m.ptr[a + 1] - m.ptr[a] > m.ptr[b + 1] - m.ptr[b]; });
+    for (int warp = 0; warp < WARPS; ++warp) {
+      // of two windows one is among the longest, the other among the shortest
+      int32_t* const rows = w.row.data() + (int64_t(c) * WARPS + warp) * windows * WINDOW;
+      for (int p = 0; p < windows; ++p) {
+        const int32_t* from = order.data() + (p ? 2 * WARPS - 1 - warp : warp) * WINDOW;
+        std::copy(from, from + WINDOW, rows + p * WINDOW);
+        columns[p].clear();
+        for (int i = 0; i < WINDOW; ++i)
+          if (from[i] >= 0) columns[p].insert(columns[p].end(), m.col + m.ptr[from[i]], m.col + m.ptr[from[i] + 1]);
+        std::sort(columns[p].begin(), columns[p].end());
+        columns[p].erase(std::unique(columns[p].begin(), columns[p].end()), columns[p].end());
+      }
+      std::vector<Waiting> waiting(windows);
+      std::vector<size_t> arrived(windows);
+      std::vector<std::vector<int32_t>> taken(windows);  // of each window its groups' columns, and where they are
+      for (int s = 0; s < w.stages; ++s)
+        for (int p = 0; p < windows; ++p) {
+          Waiting& queue = waiting[p];
+          w.first.push_back(groups);
+          for (size_t& a = arrived[p]; a < columns[p].size() && columns[p][a] < int64_t(s + 1) * w.columns; ++a)
+            queue.columns[columns[p][a] % CHUNKS].push_back(columns[p][a]);
+          const int64_t leaving = int64_t(s - LAG + 1) * w.columns;
+          while (s + 1 == w.stages ? queue.any() : queue.least() >= 2 || queue.leaves(leaving)) {
+            for (int half = 0; half < GROUP_COLUMNS / CHUNKS; ++half) {
+              int32_t eight[CHUNKS];
+              w.reads += queue.take(eight);
+              for (int i = 0; i < CHUNKS; ++i) {
+                const int32_t column = eight[i];
+                const int slot = column < 0 ? RING * w.columns - 1 - column : column % (RING * w.columns);
+                w.slot.push_back(uint16_t(slot));
+                taken[p].push_back(column);
+                taken[p].push_back(groups * GROUP_COLUMNS + half * CHUNKS + i);
+              }
+            }
+            ++groups;
+          }
+        }
+      for (int p = 0; p < windows; ++p) {
+        for (size_t i = 0; i < taken[p].size(); i += 2)
+          if (taken[p][i] >= 0) at[taken[p][i]] = taken[p][i + 1];
+        for (int i = 0; i < WINDOW; ++i) {
+          const int32_t r = rows[p * WINDOW + i];
+          if (r < 0) continue;
+          for (int32_t e = m.ptr[r]; e < m.ptr[r + 1]; ++e) {
+            // as multiply_matrices wants it: words of the lane, of columns 0 to 7 and 8 to 15 for rows 0 to 7, then 8 to 15
+            const int k = at[m.col[e]] % GROUP_COLUMNS, lane = i % 8 * 4 + k % 8 / 2, word = i / 8 * 2 + k / 8;
+            w.place[m.perm ? m.perm[e] : e] = (at[m.col[e]] / GROUP_COLUMNS * WARP + lane) * 8 + word * 2 + k % 2;
+          }
+        }
+      }
+    }
+  }
+  w.first.push_back(groups);
+  w.slot.insert(w.slot.end(), GROUP_COLUMNS, uint16_t(RING * w.columns));  // read ahead, not used
+  return w;
+}
+
+}  // namespace pst::cuda
