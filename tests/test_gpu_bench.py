@@ -99,7 +99,7 @@ def test_every_goal_is_of_a_figure_that_is_measured(key):
         assert sparsity in block_matmul.SPARSITIES
     elif work == "unstructured":
         outputs, inputs, tokens = unstructured.SHAPE
-        known = {(f"{inputs}x{outputs}, {tokens} tokens, {n}", s) for _, n, ss in unstructured.CASES for s in ss}
+        known = {(f"{inputs}x{outputs}, {tokens} tokens, {n}", s) for _, n, ss, _ in unstructured.CASES for s in ss}
         assert (shape, sparsity) in known
     elif work == "filter_conv":
         assert (shape, sparsity) == (conv_arms.ALL, filter_conv.SPARSITY)
@@ -347,7 +347,9 @@ def test_bsr_arms_of_fp32_are_right():
 def test_unstructured(toy):
     found = toy(unstructured.main)
     names = ("forward", "dX", "dW", "step")
-    assert measured(found) == {("packed", name) for name in names} and len(found.rows) == 7 * 4
+    alone = {(f"packed, {kernel}", name) for kernel in unstructured.KERNELS for name in ("forward", "dX")}
+    assert measured(found) == {("packed", name) for name in names} | alone
+    assert len(found.rows) == 9 * 4 + 5 * 3 * 2
     assert all("masked_linear on " in row.note for row in found.rows)
 
 

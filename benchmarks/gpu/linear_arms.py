@@ -14,6 +14,7 @@ from gpu.program import Arm, compared, limit_of, passes
 from gpu.timing import first_line
 from pysparse_ticket.nn import MaskedLinear
 from pysparse_ticket.ops import library
+from pysparse_ticket.ops.masked_linear import linear_schedule
 
 warnings.filterwarnings("ignore", "Sparse (CSR|BSR) tensor support is in beta")
 
@@ -58,14 +59,21 @@ class Problem:
     def _masked(self, name: str, tensor: Tensor) -> Tensor:
         return tensor * self.mask if name == "dW" else tensor
 
-    def ours(self, name: str, fmt: str) -> Arm:
-        """Our module in a format; ValueError where this version has it not. Its note says which backend ran."""
+    def ours(
+        self, name: str, fmt: str, windows: int | None = None, names: Iterable[str] = ("forward", "dX", "dW", "step")
+    ) -> Arm:
+        """Our module in a format; ValueError where this version has it not. Its note says which backend ran.
+
+        windows: of ``linear_schedule``, for format "packed".
+        """
         module = MaskedLinear.from_dense(copy.deepcopy(self.layer), self.mask)
         if module.format != fmt:
             module.set_format(fmt)
+        if windows is not None:
+            module.schedule, module.t_schedule = linear_schedule(module.pattern, windows)
         weight = module.weight_parameter
         parameters = [weight, *(p for p in module.parameters() if p is not weight)]
-        calls = passes(module, self.x, parameters, self.grad)
+        calls = passes(module, self.x, parameters, self.grad, names)
 
         def plain(what: str, tensor: Tensor) -> Tensor:
             return module.dense_like(tensor) if what == "dW" else tensor

@@ -18,8 +18,15 @@
 namespace pst::cuda {
 namespace {
 
-// widest first: the wider, the fewer times the gradient's rows are read
+// the wider, the fewer times the gradient's rows are read and the fewer sums a row of a cell may have
 constexpr int CELL_COLUMNS[] = {512, 448, 384, 320, 256, 192, 128, 96, 64, 32, 16, 8};
+
+// Some of a row's nonzeros in a cell's columns: a thread's
+struct Piece {
+  int32_t row, begin, count;
+};
+// bringing a piece's gradients and widening them, in groups
+constexpr double PIECE = 1.5;
 
 struct Lists {
   std::vector<int32_t> source{};
@@ -37,19 +44,18 @@ struct Builder {
   int64_t rows, width;
   int columns, stages;
   Lists product{}, cells{};
-  std::vector<int32_t> row{}, first{}, cell_row{}, cell_first{};
+  std::vector<int32_t> row{}, first{}, cell_from{}, cell_row{}, cell_first{};
   int cell_columns = 0;
   Windows windows{};
 
   int32_t source(int32_t e) const { return perm ? perm[e] : e; }
 
   // rows of a chunk, longest first, -1 above the last
-  template <class Length>
-  void sort_rows(int chunk, Length length, int32_t* out) const {
+  void sort_rows(int chunk, int32_t* out) const {
     const int32_t begin = chunk * ROWS, n = int32_t(std::min<int64_t>(ROWS, rows - begin));
     std::iota(out, out + n, begin);
     std::fill(out + n, out + ROWS, -1);
-    std::stable_sort(out, out + n, [&](int32_t a, int32_t b) { return length(a) > length(b); });
+    std::stable_sort(out, out + n, [&](int32_t a, int32_t b) { return ptr[a + 1] - ptr[a] > ptr[b + 1] - ptr[b]; });
   }
 
   // one warp's lists: in each stage as many nonzeros of each row, from those that have arrived and soonest those that leave
@@ -101,45 +107,68 @@ struct Builder {
     row.resize(int64_t(chunks_of(rows)) * ROWS);
     for (int c = 0; c < chunks_of(rows); ++c) {
       int32_t* of_chunk = row.data() + int64_t(c) * ROWS;
-      sort_rows(c, [&](int32_t r) { return ptr[r + 1] - ptr[r]; }, of_chunk);
+      sort_rows(c, of_chunk);
       for (int w = 0; w < WARPS; ++w) walk(of_chunk + w * WARP);
     }
     first.push_back(product.groups());
   }
 
-  // false if a cell's sums do not fit
-  bool cells_of(int of_columns, int most_sums) {
-    cell_columns = of_columns;
-    cells = {};
-    cell_row.clear();
-    cell_first.clear();
-    std::vector<int32_t> next(ptr, ptr + rows), end(rows);
-    for (int64_t from = 0; from < width; from += of_columns) {
-      for (int64_t r = 0; r < rows; ++r) {
-        end[r] = next[r];
-        while (end[r] < ptr[r + 1] && col[end[r]] < from + of_columns) ++end[r];
+  // of each range of columns, longest first; rows longer than `most` in several
+  std::vector<std::vector<Piece>> pieces_of(int of_columns, int most) const {
+    std::vector<std::vector<Piece>> pieces((width + of_columns - 1) / of_columns);
+    std::vector<int32_t> next(ptr, ptr + rows);
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      for (int32_t r = 0; r < rows; ++r) {
+        const int32_t begin = next[r];
+        int32_t& end = next[r];
+        while (end < ptr[r + 1] && col[end] < int64_t(i + 1) * of_columns) ++end;
+        const int32_t n = end - begin, parts = (n + most - 1) / most;
+        for (int32_t p = 0; p < parts; ++p) {
+          const int32_t from = int32_t(int64_t(n) * p / parts), to = int32_t(int64_t(n) * (p + 1) / parts);
+          pieces[i].push_back({r, begin + from, to - from});
+        }
       }
-      for (int c = 0; c < chunks_of(rows); ++c) {
-        int32_t order[ROWS];
-        sort_rows(c, [&](int32_t r) { return end[r] - next[r]; }, order);
-        const int32_t begin = cells.groups();
+      std::stable_sort(pieces[i].begin(), pieces[i].end(), [](Piece a, Piece b) { return a.count > b.count; });
+    }
+    return pieces;
+  }
+
+  // a warp's pieces are of about one length however the rows' are; cells of the columns that promise the least time
+  void cells_of(Budget budget) {
+    double least = HUGE_VAL;
+    std::vector<std::vector<Piece>> best;
+    for (const int of_columns : CELL_COLUMNS) {
+      const int most = budget.cell_sums(of_columns) / ROWS;
+      if (most < 1) continue;
+      auto pieces = pieces_of(of_columns, most);
+      double cycles = 0;
+      for (const auto& p : pieces) {
+        double groups = 0;
+        for (size_t i = 0; i < p.size(); i += WARP) groups += PIECE + p[i].count;
+        const double cells = double(chunks_of(int64_t(p.size())));
+        cycles += std::max(43 * groups, cells * (ROWS + of_columns) * ROW_BYTES / L2_BYTES);
+      }
+      if (cycles >= least) continue;
+      least = cycles;
+      best = std::move(pieces);
+      cell_columns = of_columns;
+    }
+    for (size_t i = 0; i < best.size(); ++i)
+      for (size_t from = 0; from < best[i].size(); from += ROWS) {
+        best[i].resize(std::max(best[i].size(), from + ROWS), {-1, 0, 0});
+        cell_from.push_back(int32_t(i) * cell_columns);
         for (int w = 0; w < WARPS; ++w) {
-          const int32_t* r = order + w * WARP;
+          const Piece* const piece = best[i].data() + from + w * WARP;
           cell_first.push_back(cells.groups());
-          const int32_t longest = r[0] < 0 ? 0 : end[r[0]] - next[r[0]];
-          for (int32_t j = 0; j < longest; ++j)
-            for (int i = 0; i < WARP; ++i) {
-              const bool has = r[i] >= 0 && next[r[i]] + j < end[r[i]];
-              has ? cells.add(source(next[r[i]] + j), int(col[next[r[i]] + j] - from)) : cells.add(-1, 0);
+          for (int t = 0; t < WARP; ++t) cell_row.push_back(piece[t].row);
+          for (int32_t j = 0; j < piece[0].count; ++j)
+            for (int t = 0; t < WARP; ++t) {
+              const int32_t e = piece[t].begin + j;
+              j < piece[t].count ? cells.add(source(e), int(col[e] - cell_from.back())) : cells.add(-1, 0);
             }
         }
-        if (int64_t(cells.groups() - begin) * WARP > most_sums) return false;
-        cell_row.insert(cell_row.end(), order, order + ROWS);
       }
-      next = end;
-    }
     cell_first.push_back(cells.groups());
-    return true;
   }
 
   std::vector<int32_t> words(int64_t nnz) const {
@@ -161,9 +190,10 @@ struct Builder {
     h.first = put(first);
     h.source = put(product.source);
     h.slot = put(product.slot);
-    h.cells = int32_t(cell_row.size() / ROWS);
+    h.cells = int32_t(cell_from.size());
     h.cell_columns = cell_columns;
     h.cell_groups = cells.groups();
+    h.cell_from = put(cell_from);
     h.cell_row = put(cell_row);
     h.cell_first = put(cell_first);
     h.cell_source = put(cells.source);
@@ -218,9 +248,7 @@ Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, in
             .columns = stage,
             .stages = int((width + stage - 1) / stage)};
   b.products();
-  if (!perm)
-    for (int of_columns : CELL_COLUMNS)
-      if (budget.cell_sums(of_columns) > 0 && b.cells_of(of_columns, budget.cell_sums(of_columns))) break;
+  if (!perm) b.cells_of(budget);
   choose_windows(b, budget, c.numel(), columns < 0 ? int(-1 - columns) : -1);
   STD_TORCH_CHECK(int64_t(b.product.source.size()) + int64_t(b.cells.source.size()) < INT32_MAX / 2,
                   "the packed weights of a layer are indexed with 32 bits; this mask leaves too many: split the layer");

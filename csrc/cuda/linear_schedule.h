@@ -35,11 +35,13 @@ struct Header {
   int32_t first;   // [chunks * WARPS * stages + 1] into groups
   int32_t source;  // [groups * 32] index into the layer's values, -1 for padding
   int32_t slot;    // [groups * 32] uint16: the column's place in the ring; RING * columns is a row of zeros
-  // The weight gradient's own walk, cells = 0 in a transposed schedule: a cell is a chunk's part of a range of columns
+  // The weight gradient's own walk, cells = 0 in a transposed schedule: a cell is up to ROWS pieces of rows in a
+  // range of columns; rows with many weights there are several pieces, rows with none are not there
   int32_t cells;
   int32_t cell_columns;
   int32_t cell_groups;
-  int32_t cell_row;     // [cells * ROWS]
+  int32_t cell_from;    // [cells] the first of its columns
+  int32_t cell_row;     // [cells * ROWS] the row of a thread's piece, -1 for none
   int32_t cell_first;   // [cells * WARPS + 1] into cell_groups
   int32_t cell_source;  // [cell_groups * 32]
   int32_t cell_slot;    // [cell_groups * 32] uint16: the column within the cell

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(ROWS, 1)
     sample_kernel(const int32_t* schedule, const uint4* x, const uint4* dy, int64_t tiles, int splits, float* partial) {
   constexpr int V = LANES<T>;
   const Header& h = *reinterpret_cast<const Header*>(schedule);
-  const int columns = h.cell_columns, width = h.width, rows = h.rows, chunks = chunks_of(rows);
+  const int columns = h.cell_columns, width = h.width, rows = h.rows;
   const int64_t entries = int64_t(h.cell_groups) * WARP;
   const uint16_t* slot = reinterpret_cast<const uint16_t*>(schedule + h.cell_slot);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(ROWS, 1)
   for (int item = blockIdx.x; item < h.cells * splits; item += gridDim.x) {
     const int cell = item % h.cells, split = item / h.cells;
     const int64_t t0 = tiles * split / splits, t1 = tiles * (split + 1) / splits;
-    const int from = cell / chunks * columns, n = min(columns, width - from) * CHUNKS;
+    const int from = schedule[h.cell_from + cell], n = min(columns, width - from) * CHUNKS;
     const int32_t* first = schedule + h.cell_first + cell * WARPS;
     const int begin = (first[warp] - first[0]) * WARP + lane, end = (first[warp + 1] - first[0]) * WARP;
     const int64_t base = int64_t(first[0]) * WARP;

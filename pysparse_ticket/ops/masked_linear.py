@@ -63,8 +63,8 @@ def masked_linear(
 
     x ``[..., in]``, values ``[nnz]``, bias ``[out]`` or None, pattern of shape ``[out, in]``; returns ``[..., out]`` of
     x's dtype. The ``cpu`` backend takes float32 and bfloat16 x, sums in float32, and runs under autocast to bfloat16
-    with the values left in float32; so does ``cuda``, which also takes float16 x, and where it multiplies on tensor cores
-    rounds the values to a 16-bit x's dtype; any other dtype or device runs on ``reference``. ``schedules`` is
+    with the values left in float32; so does ``cuda``, which also takes float16 x, and rounds the values to a 16-bit x's
+    dtype where it multiplies on tensor cores; any other dtype or device runs on ``reference``. ``schedules`` is
     ``linear_schedule(pattern)``, made anew in each call that does not give it.
     ValueError for shapes that do not fit.
     """
