@@ -157,6 +157,26 @@ def test_equals_dense_linear_on_every_device(shape, dtype, device):
         assert error(a.cpu(), e) < bound(n) + (rounding if name in ("y", "dx") else 0), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 130, 700])
+def test_windows_on_tensor_cores_round_the_values_too(batch, dtype, tiles):
+    x, values, bias, pattern, grad = case((batch,), 1500, 700, 0.05, dtype=dtype)
+    expected = run(x.double(), values.to(dtype), bias, pattern, grad.double(), torch.float64)
+    there = Pattern.from_mask(pattern.mask().cuda())
+    how = {"schedules": linear_schedule(there, tiles)}
+    actual = run(*(t.cuda() for t in (x, values, bias)), there, grad.cuda(), **how)
+    for name, a, e in zip(("y", "dx"), actual, expected, strict=False):
+        assert error(a.cpu(), e) < bound(1500) + torch.finfo(dtype).eps / 2, name
+
+
+def test_windows_have_one_or_two_tiles():
+    pattern = Pattern.from_mask(torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="windows has 0, 1 or 2 tiles of samples a block"):
+        linear_schedule(pattern, 3)
+
+
 def shared_groups(mask, strips=False):
     """How many groups of four rows a schedule has, per column tile of 64, that share their columns (and those of which
     the gradient takes 16 neighbouring columns at a time)."""

@@ -20,6 +20,7 @@ from gpu.tickets import block_mask
 from pysparse_ticket.granularity import expand_blocks
 from pysparse_ticket.nn import FilterSparseConv2d, MaskedConv2d, MaskedLinear
 from pysparse_ticket.ops.filter_conv2d_norm import filter_conv2d_norm
+from pysparse_ticket.ops.masked_linear import linear_schedule
 
 LINEAR = ((37, 70, 53), (130, 200, 136))  # samples, input and output features
 CONV = ((3, 20, 9, 24, 1), (2, 17, 10, 19, 2))  # images, input channels, side, filters, stride
@@ -47,6 +48,11 @@ def modules(device: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
                 layer = nn.Linear(inputs, outputs).to(device)
                 masked = MaskedLinear.from_dense(layer, mask.to(device))
                 yield from _in_format(masked, fmt, f"{samples}x{inputs}x{outputs}, {name}", (samples, inputs), device)
+            for tiles in (1, 2):
+                windows = MaskedLinear.from_dense(nn.Linear(inputs, outputs).to(device), mask.to(device))
+                windows.schedule, windows.t_schedule = linear_schedule(windows.pattern, tiles)
+                shape = f"{samples}x{inputs}x{outputs}, {name}, windows of {tiles} tiles"
+                yield from _in_format(windows, "packed", shape, (samples, inputs), device)
     for images, channels, side, filters, stride in CONV:
         shape, size = f"{images}x{channels}x{side}x{side} to {filters}", (images, channels, side, side)
         conv = nn.Conv2d(channels, filters, 3, stride, 1).to(device)
