@@ -233,7 +233,8 @@ void choose_windows(Builder& b, Budget budget, int64_t nnz, int windows) {
   }
 }
 
-// columns is the CPU's affair, below zero it asks for windows of -1 - columns tiles; perm is given for the transposed pattern, whose schedule has no walk of the weight gradient
+// columns is the CPU's affair, below zero it asks for windows of -1 - columns tiles; perm is given for the transposed pattern,
+// whose schedule has no walk of the weight gradient
 Tensor build_schedule(Tensor row_ptr, Tensor col, std::optional<Tensor> perm, int64_t width, int64_t columns) {
   const Device cpu(torch::headeronly::DeviceType::CPU);
   const Tensor ptr = torch::stable::to(row_ptr, cpu), c = torch::stable::to(col, cpu);

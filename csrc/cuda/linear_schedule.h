@@ -90,8 +90,9 @@ struct WindowBudget {
   int columns(Budget b) const { return (b.bytes - CHUNKS * place_bytes()) / (RING * place_bytes()) / CHUNKS * CHUNKS; }
   __host__ __device__ constexpr int ring_bytes(int columns) const { return (RING * columns + CHUNKS) * place_bytes(); }
 };
-// which no schedule exceeds: one column of a window has a weight at least, 16 columns of it many more
-constexpr int64_t most_groups(int64_t nnz) { return nnz < 4096 ? nnz : nnz / 8 + 3584; }
+// Which no schedule exceeds. A full group has 16 weights at least; one of few columns has one, and a large mask of many
+// such has no windows.
+constexpr int64_t most_groups(int64_t nnz) { return nnz < 4096 ? nnz : nnz / 14 + 3804; }
 
 // A schedule's length tells the host of it without asking the device: modulo LENGTHS it is nnz + rows + 2 width, as a check
 // that it is of this pattern, and then modulo MOST_TILES + 1 the tiles of its windows.
