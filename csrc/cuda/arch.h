@@ -26,9 +26,17 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8x8 matrices of 16-bit values, turned: lane i gives the 8 values of matrix i / 8 at column i % 8 of the turned one, and
-// has of each matrix the values in row i / 4, columns i % 4 * 2 and the next
+// Four 8x8 matrices of 16-bit values: lane i gives where row i % 8 of matrix i / 8 is, and has of each matrix the values in
+// row i / 4, columns i % 4 * 2 and the next
 __device__ __forceinline__ void load_matrices(uint32_t (&a)[4], const void* shared) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from));
+}
+
+// the same of the matrices turned: lane i gives column i % 8
+__device__ __forceinline__ void load_turned(uint32_t (&a)[4], const void* shared) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -46,7 +46,9 @@ struct Builder {
   Lists product{}, cells{};
   std::vector<int32_t> row{}, first{}, cell_from{}, cell_row{}, cell_first{};
   int cell_columns = 0;
+  double cell_cycles = 0;  // estimated
   Windows windows{};
+  GradientWindows gradient{};
 
   int32_t source(int32_t e) const { return perm ? perm[e] : e; }
 
@@ -153,6 +155,7 @@ struct Builder {
       best = std::move(pieces);
       cell_columns = of_columns;
     }
+    cell_cycles = least;
     for (size_t i = 0; i < best.size(); ++i)
       for (size_t from = 0; from < best[i].size(); from += ROWS) {
         best[i].resize(std::max(best[i].size(), from + ROWS), {-1, 0, 0});
@@ -206,9 +209,19 @@ struct Builder {
     h.window_first = put(windows.first);
     h.window_slot = put(windows.slot);
     h.window_place = put(windows.place);
+    h.gradient_cells = int32_t(gradient.cells());
+    h.gradient_range = put(gradient.range);
+    h.gradient_row = put(gradient.row);
+    h.gradient_first = put(gradient.first);
+    h.gradient_slot = put(gradient.slot);
+    h.gradient_lane = put(gradient.lane);
+    h.gradient_base = put(gradient.base);
+    h.gradient_source = put(gradient.source);
     std::memcpy(out.data(), &h, sizeof(h));
     int64_t length = int64_t(out.size());
-    while (!length_fits(length, rows, width, nnz) || window_tiles(length) != h.window_tiles) ++length;
+    while (!length_fits(length, rows, width, nnz) || window_tiles(length) != h.window_tiles ||
+           gradient_windows(length) != (h.gradient_cells > 0))
+      ++length;
     out.resize(length);
     return out;
   }
@@ -231,6 +244,9 @@ void choose_windows(Builder& b, Budget budget, int64_t nnz, int windows) {
     least = w.cycles(b.rows, b.width);
     b.windows = std::move(w);
   }
+  if (b.perm) return;
+  GradientWindows g = gradient_windows_of({b.ptr, b.col, b.perm, b.rows, b.width}, budget);
+  if (windows > 0 || g.cycles() < 0.9 * b.cell_cycles) b.gradient = std::move(g);
 }
 
 // columns is the CPU's affair, below zero it asks for windows of -1 - columns tiles; perm is given for the transposed pattern,

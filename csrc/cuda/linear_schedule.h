@@ -54,6 +54,16 @@ struct Header {
   int32_t window_first;   // [chunks][warps][stages][windows a warp] + 1, into window_groups
   int32_t window_slot;    // [window_groups + 1][16] uint16: the columns' places in the ring
   int32_t window_place;   // [nnz] where each of the layer's values goes, in the groups' weights
+  // The weight gradient by windows: a cell is WARPS windows of rows of about one length and a range of columns, of which each
+  // window has at most MOST_CELL_GROUPS groups; cells = 0 where there are none
+  int32_t gradient_cells;
+  int32_t gradient_range;   // [cells][2] columns from, to
+  int32_t gradient_row;     // [cells][WARPS][WINDOW]
+  int32_t gradient_first;   // [cells][WARPS] + 1, into groups
+  int32_t gradient_slot;    // [groups][16] uint16: the columns within the cell
+  int32_t gradient_lane;    // [groups][32] uint16: which of a lane's eight sums are weights; above, how many lower lanes have
+  int32_t gradient_base;    // [groups] how many the groups before have
+  int32_t gradient_source;  // [nnz] index into the layer's values
 };
 constexpr int HEADER = sizeof(Header) / 4;
 
@@ -66,6 +76,8 @@ struct Budget {
 
   int columns() const { return (bytes - ROW_BYTES) / (RING * ROW_BYTES) / 8 * 8; }
   __host__ __device__ static constexpr int ring_bytes(int columns) { return (RING * columns + 1) * ROW_BYTES; }
+  // a cell's of the gradient by windows: two buffers, beside the rows of the gradient
+  int range() const { return (bytes - ROWS / 2 * ROW_BYTES) / (2 * ROW_BYTES) / CHUNKS * CHUNKS; }
   // of a cell's sums, beside the rows of the gradient and two buffers of columns
   int cell_sums(int columns) const { return (bytes - ROWS * ROW_BYTES - 2 * columns * ROW_BYTES) / 4; }
 };
@@ -79,6 +91,8 @@ constexpr int WINDOW = 16;
 constexpr int GROUP_COLUMNS = 16;
 constexpr int GROUP_BYTES = WINDOW * GROUP_COLUMNS * 2;
 constexpr int MOST_TILES = 2;
+constexpr int MOST_CELL_GROUPS = 8;  // 64 sums a thread
+constexpr int CELL_ROWS = WARPS * WINDOW;
 struct WindowBudget {
   int tiles;
 
@@ -95,11 +109,13 @@ struct WindowBudget {
 constexpr int64_t most_groups(int64_t nnz) { return nnz < 4096 ? nnz : nnz / 14 + 3804; }
 
 // A schedule's length tells the host of it without asking the device: modulo LENGTHS it is nnz + rows + 2 width, as a check
-// that it is of this pattern, and then modulo MOST_TILES + 1 the tiles of its windows.
+// that it is of this pattern, and then modulo 2 (MOST_TILES + 1) the tiles of its windows, and whether it has the gradient's.
 constexpr int64_t LENGTHS = 64;
 constexpr bool length_fits(int64_t length, int64_t rows, int64_t width, int64_t nnz) {
   return length > HEADER && (nnz + rows + 2 * width - length) % LENGTHS == 0;
 }
-constexpr int window_tiles(int64_t length) { return int(length / LENGTHS % (MOST_TILES + 1)); }
+constexpr int KINDS = MOST_TILES + 1;
+constexpr int window_tiles(int64_t length) { return int(length / LENGTHS % KINDS); }
+constexpr bool gradient_windows(int64_t length) { return length / LENGTHS / KINDS % 2; }
 
 }  // namespace pst::cuda

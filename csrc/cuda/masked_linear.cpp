@@ -96,9 +96,16 @@ Tensor weight_gradient(cudaStream_t stream, const Tensor& x, const Tensor& dy, c
   Tensor grad = empty(values, {values.numel()});
   // as many blocks as multiprocessors take the items in turn: enough splits that the last turn is a small part
   const int processors = attribute(x, cudaDevAttrMultiProcessorCount);
-  const int64_t cells = std::max<int64_t>(1, chunks_of(rows) * ((columns + 511) / 512));
+  const bool windows = gradient_windows(schedule.numel()) && scalar_of(dy) != Scalar::f32;
+  const int64_t cells = std::max<int64_t>(1, (windows ? 2 : 1) * chunks_of(rows) * ((columns + 511) / 512));
   const int splits = int(std::clamp<int64_t>((4 * processors + cells - 1) / cells, 1,
                                              std::clamp<int64_t>(tiles, 1, MOST_SPLITS)));
+  if (windows) {
+    Tensor partial = empty(values, {values.numel() * splits});
+    STD_CUDA_CHECK(sample_windows(scalar_of(dy), budget_of(x), words(schedule), x.const_data_ptr(), dy.const_data_ptr(), tiles,
+                                  values.numel(), splits, processors, floats(partial), floats(grad), stream));
+    return grad;
+  }
   const int64_t most = most_entries(schedule);
   Tensor partial = empty(values, {most * splits});
   STD_CUDA_CHECK(sample(scalar_of(dy), budget_of(x), words(schedule), x.const_data_ptr(), dy.const_data_ptr(), tiles,

@@ -43,6 +43,10 @@ cudaError_t multiply_windows(Scalar, Budget, int tiles, const int32_t* schedule,
 cudaError_t sample(Scalar, Budget, const int32_t* schedule, const void* x, const void* dy, int64_t tiles, int splits,
                    int blocks, float* partial, cudaStream_t);
 
+// grad by windows; partial [splits][nnz]
+cudaError_t sample_windows(Scalar, Budget, const int32_t* schedule, const void* x, const void* dy, int64_t tiles, int64_t nnz,
+                           int splits, int blocks, float* partial, float* grad, cudaStream_t);
+
 // grad[source] = the sum of an entry's splits, in their order
 cudaError_t sum_splits(const int32_t* schedule, const float* partial, int64_t most, int splits, float* grad, cudaStream_t);
 

@@ -78,6 +78,15 @@ struct Waiting {
   }
 };
 
+// the sorted columns in which any of a window's rows has a weight
+inline void columns_of(const Rows& m, const int32_t* window, std::vector<int32_t>& out) {
+  out.clear();
+  for (int i = 0; i < WINDOW; ++i)
+    if (window[i] >= 0) out.insert(out.end(), m.col + m.ptr[window[i]], m.col + m.ptr[window[i] + 1]);
+  std::sort(out.begin(), out.end());
+  out.erase(std::unique(out.begin(), out.end()), out.end());
+}
+
 inline Windows windows_of(const Rows& m, Budget memory, int tiles) {
   Windows w;
   w.budget = {tiles};
@@ -101,11 +110,7 @@ inline Windows windows_of(const Rows& m, Budget memory, int tiles) {
       for (int p = 0; p < windows; ++p) {
         const int32_t* from = order.data() + (p ? 2 * WARPS - 1 - warp : warp) * WINDOW;
         std::copy(from, from + WINDOW, rows + p * WINDOW);
-        columns[p].clear();
-        for (int i = 0; i < WINDOW; ++i)
-          if (from[i] >= 0) columns[p].insert(columns[p].end(), m.col + m.ptr[from[i]], m.col + m.ptr[from[i] + 1]);
-        std::sort(columns[p].begin(), columns[p].end());
-        columns[p].erase(std::unique(columns[p].begin(), columns[p].end()), columns[p].end());
+        columns_of(m, from, columns[p]);
       }
       std::vector<Waiting> waiting(windows);
       std::vector<size_t> arrived(windows);
@@ -149,6 +154,92 @@ inline Windows windows_of(const Rows& m, Budget memory, int tiles) {
   }
   w.first.push_back(groups);
   w.slot.insert(w.slot.end(), GROUP_COLUMNS, uint16_t(RING * w.columns));  // read ahead, not used
+  return w;
+}
+
+// The weight gradient's walk
+struct GradientWindows {
+  int64_t reads = 0, columns = 0;  // columns: of all cells
+  std::vector<int32_t> range{}, row{}, first{}, base{}, source{};
+  std::vector<uint16_t> slot{}, lane{};
+
+  int64_t cells() const { return int64_t(range.size() / 2); }
+
+  // of a multiprocessor for 64 samples, as Windows': a cell's columns and rows are written to shared memory, rows read once
+  double cycles() const {
+    const double shared = double(reads) * CHUNKS + double(columns) + 2.0 * CELL_ROWS * cells();
+    const double tensor = 8 * 1.6 * double(base.size()), bytes = double(columns + CELL_ROWS * cells()) * ROW_BYTES;
+    return std::max({shared, tensor, bytes / L2_BYTES});
+  }
+};
+
+inline GradientWindows gradient_windows_of(const Rows& m, Budget memory) {
+  GradientWindows w;
+  std::vector<int32_t> order((m.rows + CELL_ROWS - 1) / CELL_ROWS * CELL_ROWS, -1), at(m.width), next(m.ptr, m.ptr + m.rows);
+  std::iota(order.begin(), order.begin() + m.rows, 0);
+  std::stable_sort(order.begin(), order.begin() + m.rows,
+                   [&](int32_t a, int32_t b) { return m.ptr[a + 1] - m.ptr[a] > m.ptr[b + 1] - m.ptr[b]; });
+  constexpr size_t MOST = MOST_CELL_GROUPS * GROUP_COLUMNS;
+  for (size_t chunk = 0; chunk < order.size(); chunk += CELL_ROWS) {
+    std::vector<int32_t> columns[WARPS];
+    size_t taken[WARPS] = {};
+    for (int i = 0; i < WARPS; ++i) columns_of(m, order.data() + chunk + i * WINDOW, columns[i]);
+    for (;;) {
+      int64_t from = m.width, to = m.width, last = 0;
+      for (int i = 0; i < WARPS; ++i)
+        if (taken[i] < columns[i].size()) from = std::min<int64_t>(from, columns[i][taken[i]]);
+      if (from == m.width) break;
+      to = std::min(to, from + memory.range());
+      for (int i = 0; i < WARPS; ++i)
+        if (taken[i] + MOST < columns[i].size()) to = std::min<int64_t>(to, columns[i][taken[i] + MOST]);
+      for (int i = 0; i < WARPS; ++i) {
+        const int32_t* const rows = order.data() + chunk + i * WINDOW;
+        w.row.insert(w.row.end(), rows, rows + WINDOW);
+        w.first.push_back(int32_t(w.base.size()));
+        Waiting queue;
+        for (size_t& n = taken[i]; n < columns[i].size() && columns[i][n] < to; ++n) {
+          last = std::max<int64_t>(last, columns[i][n]);
+          queue.columns[(columns[i][n] - from) % CHUNKS].push_back(columns[i][n]);
+        }
+        const size_t first = w.slot.size();
+        while (queue.any())
+          for (int half = 0; half < GROUP_COLUMNS / CHUNKS; ++half) {
+            int32_t eight[CHUNKS];
+            w.reads += queue.take(eight);
+            for (const int32_t column : eight) {
+              if (column >= 0) at[column] = int32_t(w.slot.size() - first);
+              w.slot.push_back(uint16_t(column < 0 ? -1 - column : column - from));  // padding's sums are not stored
+            }
+          }
+        // of each group and lane the weights among its sums, as multiply_matrices has them
+        const size_t groups = (w.slot.size() - first) / GROUP_COLUMNS;
+        std::vector<int32_t> source(groups * WARP * 8, -1);
+        for (int r = 0; r < WINDOW; ++r) {
+          if (rows[r] < 0) continue;
+          for (int32_t& e = next[rows[r]]; e < m.ptr[rows[r] + 1] && m.col[e] < to; ++e) {
+            const int k = at[m.col[e]] % GROUP_COLUMNS, lane = k % 8 * 4 + r % 8 / 2, j = r / 8 * 4 + k / 8 * 2 + r % 2;
+            source[(at[m.col[e]] / GROUP_COLUMNS * WARP + lane) * 8 + j] = m.perm ? m.perm[e] : e;
+          }
+        }
+        for (size_t g = 0; g < groups; ++g) {
+          w.base.push_back(int32_t(w.source.size()));
+          for (int lane = 0; lane < WARP; ++lane) {
+            unsigned bits = unsigned(w.source.size() - w.base.back()) << 8;
+            for (int j = 0; j < 8; ++j)
+              if (const int32_t e = source[(g * WARP + lane) * 8 + j]; e >= 0) {
+                bits |= 1u << j;
+                w.source.push_back(e);
+              }
+            w.lane.push_back(uint16_t(bits));
+          }
+        }
+      }
+      w.range.push_back(int32_t(from));
+      w.range.push_back(int32_t(last + 1));
+      w.columns += last + 1 - from;
+    }
+  }
+  w.first.push_back(int32_t(w.base.size()));
   return w;
 }
 

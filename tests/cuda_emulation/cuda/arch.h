@@ -14,9 +14,10 @@ inline void copy_async(void* shared, const void* global) { std::memcpy(shared, g
 inline void copies_wait() {}
 inline void keep(float&) {}
 
-// By the instructions' own tables: lane i shows row i of the four matrices, and gets element [c][i / 4] of them, turned, for
-// c = i % 4 * 2 and the next
-inline void load_matrices(uint32_t (&a)[4], const void* shared) {
+// By the instructions' own tables: lane i shows row i of the four matrices, and gets of each elements [i / 4][c] or, turned,
+// [c][i / 4] for c = i % 4 * 2 and the next
+template <bool TURNED>
+void load_some(uint32_t (&a)[4], const void* shared) {
   emulation::Block& b = emulation::block;
   const int warp = b.current / emulation::WARP * emulation::WARP, lane = b.current % emulation::WARP;
   b.exchange[b.current].address = shared;
@@ -24,14 +25,18 @@ inline void load_matrices(uint32_t (&a)[4], const void* shared) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t both[2];
     for (int i = 0; i < 2; ++i) {
-      const void* row = b.exchange[warp + matrix * 8 + lane % 4 * 2 + i].address;
+      const int c = lane % 4 * 2 + i, r = lane / 4;
+      const void* row = b.exchange[warp + matrix * 8 + (TURNED ? c : r)].address;
       if (reinterpret_cast<uintptr_t>(row) % 16) __trap();
-      std::memcpy(&both[i], static_cast<const char*>(row) + lane / 4 * 2, 2);
+      std::memcpy(&both[i], static_cast<const char*>(row) + (TURNED ? r : c) * 2, 2);
     }
     a[matrix] = both[0] | uint32_t(both[1]) << 16;
   }
   b.warp_barrier();
 }
+
+inline void load_matrices(uint32_t (&a)[4], const void* shared) { load_some<false>(a, shared); }
+inline void load_turned(uint32_t (&a)[4], const void* shared) { load_some<true>(a, shared); }
 
 // a: word 0 is rows 0 to 7 and columns 0 to 7, word 1 the rows below, words 2 and 3 columns 8 to 15; b: two words of rows 0
 // to 7 and 8 to 15
