@@ -59,7 +59,17 @@ def build(tmp_path_factory):
 def test_no_kernel_spills_or_keeps_arrays_in_local_memory(build):
     found = resources(build[1])
     assert {arch for _, arch in found} == set(TARGETS)
-    for name in ("multiply", "sample", "pack", "gather", "sum_splits", "sum_tiles", "window", "place"):
+    for name in (
+        "multiply",
+        "sample",
+        "pack",
+        "gather",
+        "sum_splits",
+        "sum_tiles",
+        "window_kernel",
+        "place",
+        "sample_windows",
+    ):
         assert any(name in kernel for kernel, _ in found), name
     assert {key: values for key, values in found.items() if values[1] or values[2]} == {}
     # 512 threads share the 65536 registers of a multiprocessor

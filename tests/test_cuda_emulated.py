@@ -184,7 +184,7 @@ def test_rows_of_any_length_share_the_weight_gradient(ops):
 class Header:
     """Words of csrc/cuda/linear_schedule.h"""
 
-    CELL_GROUPS, TILES, GROUPS, SLOT = 12, 18, 21, 24
+    CELL_GROUPS, TILES, GROUPS, SLOT, GRADIENT_CELLS = 12, 18, 21, 24, 26
 
 
 def groups_of(schedule):
@@ -199,6 +199,7 @@ WINDOW_SHAPES = {
     **{name: SHAPES[name] for name in SHAPES if name != "two chunks of rows, four stages"},
     "three chunks of rows, nine stages": ((70,), 560, 600, 0.05),
     "three tiles of samples": ((130,), 64, 90, 0.2),
+    "more columns than fit the weight gradient": ((70,), 900, 280, 0.01),
 }
 
 
@@ -215,7 +216,8 @@ WINDOW_SHAPES = {
 def test_windows_equal_dense_linear_with_weights_of_the_activations_type(ops, poison, tiles, dtype, shape):
     batch, in_features, out_features, density = WINDOW_SHAPES[shape]
     x, values, bias, pattern, grad = case(batch, in_features, out_features, density, dtype=dtype)
-    assert pattern.nnz == 0 or all(s[Header.TILES] == tiles for s in schedules(ops, pattern, tiles))
+    walks = schedules(ops, pattern, tiles)
+    assert pattern.nnz == 0 or (all(s[Header.TILES] == tiles for s in walks) and walks[0][Header.GRADIENT_CELLS] > 0)
     actual = emulated(ops, x, values, bias, pattern, grad, windows=tiles)
     expected = run(x.double(), values.to(dtype).double(), bias.double(), pattern, grad.double(), torch.float64)
     rounding, samples = torch.finfo(dtype).eps / 2, x.numel() // in_features
@@ -258,6 +260,17 @@ def test_windows_read_no_column_that_none_of_their_rows_has(ops, tiles):
     assert torch.equal(y.float(), mask.sum(1).float().expand(40, 70).bfloat16().float())
 
 
+def test_the_weight_gradient_by_windows_keeps_columns_and_rows_apart(ops):
+    """An infinity in a column of x or a row of the gradient reaches the weights of that column or row alone."""
+    x, values, bias, pattern, grad = case((70,), 300, 70, 0.3, dtype=torch.bfloat16)
+    x[5, 17], grad[66, 40] = float("inf"), float("inf")
+    spoilt = pattern.mask().clone()
+    spoilt[:40, :] = spoilt[41:, :] = False
+    spoilt[:, 17] = pattern.mask()[:, 17]
+    found = emulated(ops, x, values, bias, pattern, grad, windows=1)[2]
+    assert torch.equal(~found.isfinite(), spoilt[pattern.mask()]) and spoilt.any()
+
+
 def test_float32_does_not_take_the_windows(ops):
     arguments = case((70,), 37, 53, 0.3)
     without, with_windows = (emulated(ops, *arguments, windows=n) for n in (0, 1))
@@ -273,13 +286,14 @@ def uneven(rows, columns, density, sigma):
 
 
 @pytest.mark.parametrize(
-    ("density", "sigma", "tiles"),
-    [(0.05, 0.0, 2), (0.01, 0.0, 0), (0.05, 0.5, 2), (0.02, 0.5, 1), (0.01, 1.0, 1)],
-    ids=["random 95%", "random 99%", "uneven 95%", "uneven 98%", "more uneven 99%"],
+    ("density", "sigma", "tiles", "gradient"),
+    [(0.05, 0.0, 2, True), (0.01, 0.0, 0, True), (0.05, 0.5, 2, True), (0.02, 0.5, 1, True)],
+    ids=["random 95%", "random 99%", "uneven 95%", "uneven 98%"],
 )
-def test_windows_are_chosen_where_they_are_full_enough(ops, density, sigma, tiles):
+def test_windows_are_chosen_where_they_are_full_enough(ops, density, sigma, tiles, gradient):
     pattern = Pattern.from_mask(uneven(1024, 4096, density, sigma))
-    assert ops.linear_schedule(pattern.row_ptr, pattern.col, None, 4096, 0)[Header.TILES] == tiles
+    schedule = ops.linear_schedule(pattern.row_ptr, pattern.col, None, 4096, 0)
+    assert schedule[Header.TILES] == tiles and (schedule[Header.GRADIENT_CELLS] > 0) == gradient
 
 
 @TILES

@@ -210,7 +210,8 @@ struct Builder {
     h.window_slot = put(windows.slot);
     h.window_place = put(windows.place);
     h.gradient_cells = int32_t(gradient.cells());
-    h.gradient_range = put(gradient.range);
+    h.gradient_place = put(gradient.place);
+    h.gradient_column = put(gradient.column);
     h.gradient_row = put(gradient.row);
     h.gradient_first = put(gradient.first);
     h.gradient_slot = put(gradient.slot);

@@ -54,13 +54,14 @@ struct Header {
   int32_t window_first;   // [chunks][warps][stages][windows a warp] + 1, into window_groups
   int32_t window_slot;    // [window_groups + 1][16] uint16: the columns' places in the ring
   int32_t window_place;   // [nnz] where each of the layer's values goes, in the groups' weights
-  // The weight gradient by windows: a cell is WARPS windows of rows of about one length and a range of columns, of which each
-  // window has at most MOST_CELL_GROUPS groups; cells = 0 where there are none
+  // The weight gradient by windows: a cell is WARPS windows of rows of about one length and columns, of which each window
+  // has at most MOST_CELL_GROUPS groups; cells = 0 where there are none
   int32_t gradient_cells;
-  int32_t gradient_range;   // [cells][2] columns from, to
+  int32_t gradient_place;   // [cells + 1] into columns
+  int32_t gradient_column;  // a cell's columns in the order of their places in shared memory, -1 for none
   int32_t gradient_row;     // [cells][WARPS][WINDOW]
   int32_t gradient_first;   // [cells][WARPS] + 1, into groups
-  int32_t gradient_slot;    // [groups][16] uint16: the columns within the cell
+  int32_t gradient_slot;    // [groups][16] uint16: the columns' places
   int32_t gradient_lane;    // [groups][32] uint16: which of a lane's eight sums are weights; above, how many lower lanes have
   int32_t gradient_base;    // [groups] how many the groups before have
   int32_t gradient_source;  // [nnz] index into the layer's values

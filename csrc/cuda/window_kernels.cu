@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(ROWS, 1)
   for (int item = blockIdx.x; item < h.gradient_cells * splits; item += gridDim.x) {
     const int cell = item % h.gradient_cells, split = item / h.gradient_cells;
     const int t0 = int(tiles * split / splits), t1 = int(tiles * (split + 1) / splits);
-    const int from = schedule[h.gradient_range + cell * 2];
-    const int n = (schedule[h.gradient_range + cell * 2 + 1] - from) * CHUNKS;
+    const int from = schedule[h.gradient_place + cell], n = (schedule[h.gradient_place + cell + 1] - from) * CHUNKS;
+    const int32_t* const columns = schedule + h.gradient_column + from;
     if (n * 16 > buffer) __trap();  // of another kind of GPU
     const int first = schedule[h.gradient_first + cell * WARPS + warp];
     const int groups = schedule[h.gradient_first + cell * WARPS + warp + 1] - first;
@@ -165,10 +165,11 @@ __global__ void __launch_bounds__(ROWS, 1)
     const int32_t* const row = schedule + h.gradient_row + (cell * WARPS + warp) * WINDOW + lane / CHUNKS;
     auto fetch = [&](int t) {
       char* const to = features + (t & 1) * buffer;
-#pragma unroll 2  // more would spill
+#pragma unroll 1  // more would spill
       for (int i = threadIdx.x; i < n; i += ROWS) {
-        const int column = i / CHUNKS, c = i % CHUNKS ^ (column & (CHUNKS - 1));
-        copy_async(to + column * ROW_BYTES + c * 16, x + (int64_t(t) * width + from) * CHUNKS + i);
+        const int place = i / CHUNKS, c = i % CHUNKS, column = columns[place];
+        if (column >= 0)
+          copy_async(to + place * ROW_BYTES + (c ^ (place & (CHUNKS - 1))) * 16, x + (int64_t(t) * width + column) * CHUNKS + c);
       }
 #pragma unroll
       for (int i = 0; i < COPIES; ++i) {

@@ -1,6 +1,7 @@
 // Windows for tensor cores (linear_schedule.h), built on the CPU
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -159,19 +160,45 @@ inline Windows windows_of(const Rows& m, Budget memory, int tiles) {
 
 // The weight gradient's walk
 struct GradientWindows {
-  int64_t reads = 0, columns = 0;  // columns: of all cells
-  std::vector<int32_t> range{}, row{}, first{}, base{}, source{};
+  int64_t reads = 0;
+  std::vector<int32_t> place{}, column{}, row{}, first{}, base{}, source{};
   std::vector<uint16_t> slot{}, lane{};
 
-  int64_t cells() const { return int64_t(range.size() / 2); }
+  int64_t cells() const { return int64_t(row.size() / CELL_ROWS); }
 
   // of a multiprocessor for 64 samples, as Windows': a cell's columns and rows are written to shared memory, rows read once
   double cycles() const {
-    const double shared = double(reads) * CHUNKS + double(columns) + 2.0 * CELL_ROWS * cells();
-    const double tensor = 8 * 1.6 * double(base.size()), bytes = double(columns + CELL_ROWS * cells()) * ROW_BYTES;
+    const double columns = double(column.size()), shared = double(reads) * CHUNKS + columns + 2.0 * CELL_ROWS * cells();
+    const double tensor = 8 * 1.6 * double(base.size()), bytes = (columns + double(CELL_ROWS) * cells()) * ROW_BYTES;
     return std::max({shared, tensor, bytes / L2_BYTES});
   }
 };
+
+// Columns to places such that of each window's columns about as many have every remainder: those of most windows first, each
+// where its windows have the fewest; -1 for a place without one. member: bit w of a column that window w has.
+inline std::vector<int32_t> spread(std::vector<int32_t> columns, const std::vector<uint16_t>& member) {
+  std::stable_sort(columns.begin(), columns.end(),
+                   [&](int32_t a, int32_t b) { return std::popcount(member[a]) > std::popcount(member[b]); });
+  const size_t most = columns.size() / CHUNKS + 2;
+  int count[WARPS][CHUNKS] = {};
+  std::vector<int32_t> of[CHUNKS];
+  for (const int32_t column : columns) {
+    int best = -1, least = 0;
+    for (int c = 0; c < CHUNKS; ++c) {
+      int n = 0;
+      for (int w = 0; w < WARPS; ++w) n += (member[column] >> w & 1) * count[w][c];
+      if (of[c].size() < most && (best < 0 || n < least || (n == least && of[c].size() < of[best].size()))) best = c, least = n;
+    }
+    for (int w = 0; w < WARPS; ++w) count[w][best] += member[column] >> w & 1;
+    of[best].push_back(column);
+  }
+  size_t longest = 0;
+  for (const auto& c : of) longest = std::max(longest, c.size());
+  std::vector<int32_t> out;
+  for (size_t i = 0; i < longest; ++i)
+    for (const auto& c : of) out.push_back(i < c.size() ? c[i] : -1);
+  return out;
+}
 
 inline GradientWindows gradient_windows_of(const Rows& m, Budget memory) {
   GradientWindows w;
@@ -179,28 +206,47 @@ inline GradientWindows gradient_windows_of(const Rows& m, Budget memory) {
   std::iota(order.begin(), order.begin() + m.rows, 0);
   std::stable_sort(order.begin(), order.begin() + m.rows,
                    [&](int32_t a, int32_t b) { return m.ptr[a + 1] - m.ptr[a] > m.ptr[b + 1] - m.ptr[b]; });
+  std::vector<uint16_t> member(m.width);
+  std::vector<int32_t> slot_of(m.width), used;
   constexpr size_t MOST = MOST_CELL_GROUPS * GROUP_COLUMNS;
   for (size_t chunk = 0; chunk < order.size(); chunk += CELL_ROWS) {
     std::vector<int32_t> columns[WARPS];
-    size_t taken[WARPS] = {};
+    size_t taken[WARPS] = {}, until[WARPS] = {};
     for (int i = 0; i < WARPS; ++i) columns_of(m, order.data() + chunk + i * WINDOW, columns[i]);
     for (;;) {
-      int64_t from = m.width, to = m.width, last = 0;
-      for (int i = 0; i < WARPS; ++i)
-        if (taken[i] < columns[i].size()) from = std::min<int64_t>(from, columns[i][taken[i]]);
-      if (from == m.width) break;
-      to = std::min(to, from + memory.range());
-      for (int i = 0; i < WARPS; ++i)
-        if (taken[i] + MOST < columns[i].size()) to = std::min<int64_t>(to, columns[i][taken[i] + MOST]);
+      // the next columns that any window has, as many as each window and the memory take
+      std::fill(member.begin(), member.end(), 0);
+      used.clear();
+      for (bool room = true; room && used.size() + 4 * CHUNKS <= size_t(memory.range());) {
+        int64_t column = m.width;
+        for (int i = 0; i < WARPS; ++i)
+          if (until[i] < columns[i].size()) column = std::min<int64_t>(column, columns[i][until[i]]);
+        if (column == m.width) break;
+        uint16_t has = 0;
+        for (int i = 0; i < WARPS; ++i)
+          if (until[i] < columns[i].size() && columns[i][until[i]] == column) {
+            has |= uint16_t(1u << i);
+            room = room && until[i] - taken[i] < MOST;
+          }
+        if (!room) break;
+        for (int i = 0; i < WARPS; ++i) until[i] += has >> i & 1;
+        member[column] = has;
+        used.push_back(int32_t(column));
+      }
+      if (used.empty()) break;
+      const int64_t to = used.back() + 1;
+      const std::vector<int32_t> places = spread(used, member);
+      w.place.push_back(int32_t(w.column.size()));
+      w.column.insert(w.column.end(), places.begin(), places.end());
+      for (size_t i = 0; i < places.size(); ++i)
+        if (places[i] >= 0) slot_of[places[i]] = int32_t(i);
       for (int i = 0; i < WARPS; ++i) {
         const int32_t* const rows = order.data() + chunk + i * WINDOW;
         w.row.insert(w.row.end(), rows, rows + WINDOW);
         w.first.push_back(int32_t(w.base.size()));
         Waiting queue;
-        for (size_t& n = taken[i]; n < columns[i].size() && columns[i][n] < to; ++n) {
-          last = std::max<int64_t>(last, columns[i][n]);
-          queue.columns[(columns[i][n] - from) % CHUNKS].push_back(columns[i][n]);
-        }
+        for (size_t& n = taken[i]; n < until[i]; ++n)
+          queue.columns[slot_of[columns[i][n]] % CHUNKS].push_back(columns[i][n]);
         const size_t first = w.slot.size();
         while (queue.any())
           for (int half = 0; half < GROUP_COLUMNS / CHUNKS; ++half) {
@@ -208,7 +254,7 @@ inline GradientWindows gradient_windows_of(const Rows& m, Budget memory) {
             w.reads += queue.take(eight);
             for (const int32_t column : eight) {
               if (column >= 0) at[column] = int32_t(w.slot.size() - first);
-              w.slot.push_back(uint16_t(column < 0 ? -1 - column : column - from));  // padding's sums are not stored
+              w.slot.push_back(uint16_t(column < 0 ? -1 - column : slot_of[column]));  // padding's sums are not stored
             }
           }
         // of each group and lane the weights among its sums, as multiply_matrices has them
@@ -234,11 +280,9 @@ inline GradientWindows gradient_windows_of(const Rows& m, Budget memory) {
           }
         }
       }
-      w.range.push_back(int32_t(from));
-      w.range.push_back(int32_t(last + 1));
-      w.columns += last + 1 - from;
     }
   }
+  w.place.push_back(int32_t(w.column.size()));
   w.first.push_back(int32_t(w.base.size()));
   return w;
 }
