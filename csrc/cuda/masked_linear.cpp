@@ -97,7 +97,9 @@ Tensor weight_gradient(cudaStream_t stream, const Tensor& x, const Tensor& dy, c
   // as many blocks as multiprocessors take the items in turn: enough splits that the last turn is a small part
   const int processors = attribute(x, cudaDevAttrMultiProcessorCount);
   const bool windows = gradient_windows(schedule.numel()) && scalar_of(dy) != Scalar::f32;
-  const int64_t cells = std::max<int64_t>(1, (windows ? 2 : 1) * chunks_of(rows) * ((columns + 511) / 512));
+  // of windows' cells no more is known here than that a full one has about 3000 weights under a random mask
+  const int64_t ranges = chunks_of(rows) * ((columns + 511) / 512);
+  const int64_t cells = std::max<int64_t>(1, windows ? values.numel() / 3000 : ranges);
   const int splits = int(std::clamp<int64_t>((4 * processors + cells - 1) / cells, 1,
                                              std::clamp<int64_t>(tiles, 1, MOST_SPLITS)));
   if (windows) {
