@@ -1,9 +1,11 @@
 """A layer ticket's training step against the dense one; 12 of the 27 blocks of ResNet-56 are removed.
 
-    python benchmarks/bench_layer_skip.py [--bf16]
+    python benchmarks/bench_layer_skip.py [--compile] [--bf16]
 
-Forward, cross entropy, backward, SGD with momentum. What is left is plain torch: so the rivals are eager even with
---compile, which would serve both alike, and the rates of both compare the time with the ratio of multiply-adds.
+Forward, cross entropy, backward, SGD with momentum. Run by torch's own layers what is left is plain torch: so its rivals
+are eager even with --compile, which would serve both alike, and the rates of both compare the time with the ratio of
+multiply-adds. Run in one chain of batch tiles it meets compiled rivals too, and beside it stands the dense network in
+such a chain: what the kernels give without removing anything.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from networks import dense_rivals, network_arm, step_flops, to_channels_last
 
 import pysparse_ticket as pst
 from pysparse_ticket.models import build
+from pysparse_ticket.nn.chain import tile_chain
 
 MODEL, REMOVE, SIZE, BATCH = "resnet56", 12, 32, 128
 SHAPE = f"{MODEL} {SIZE}x{SIZE}, batch {BATCH}"
@@ -40,6 +43,14 @@ def cases(_: str, options: argparse.Namespace) -> Iterator[Case]:
         arm = f"{REMOVE} blocks removed, {layout}"
         case.arms.append(network_arm(arm, ticket.sparsity, skipped, data, labels, flops, options))
     yield case
+
+    tiles = Case(f"{SHAPE}, tiles", dense_rivals(dense, x, labels, options), case.flops)
+    for removed, arm in ((REMOVE, f"{REMOVE} blocks removed, one chain"), (0, "nothing removed, one chain")):
+        model = pst.sparsify(copy.deepcopy(dense), ticket) if removed else copy.deepcopy(dense)
+        flops = step_flops(model, model.stem, x)
+        sparsity = ticket.sparsity if removed else 0.0
+        tiles.arms.append(network_arm(arm, sparsity, tile_chain(model, whole=True), x, labels, flops, options))
+    yield tiles
 
 
 if __name__ == "__main__":

@@ -206,6 +206,40 @@ def test_filter_tickets_are_raced_and_rerun(monkeypatch):
     assert isinstance(again, TiledChain) and torch.equal(again(x), sparse(x))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_layer_tickets_are_raced_run_whole_and_rerun(training, monkeypatch):
+    """No convolution is sparse, so all that are left form the chain; a removed block is no part of it."""
+    torch.manual_seed(0)
+    model, x = build("resnet20", 10, (3, 8, 8)).train(training), torch.randn(5, 3, 8, 8)
+    ticket = pst.at_init(model, x, score="random", granularity="layer", remove=2)
+    modules = pst.sparsify(copy.deepcopy(model), ticket)
+    raced = []
+
+    def race_steps(arms, x):
+        raced.append(set(arms))
+        return {"dense": 3.0, "layers": 2.0, "tiled": 1.0}
+
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race_steps", race_steps)
+    monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
+    sparse = pst.sparsify(copy.deepcopy(model), ticket, sample=x)
+    assert isinstance(sparse, TiledChain) and raced == [{"dense", "layers", "tiled"}]
+    formats = {r["layer"]: r["format"] for r in pst.plan(sparse).rows()}
+    left = [n for n, m in modules.named_modules() if isinstance(m, nn.Conv2d)]
+    assert formats == dict.fromkeys(ticket.removed_blocks, "skipped") | dict.fromkeys(left, "tiled") and len(left) == 17
+    assert "in one chain, the whole step takes 0.33 of the dense one's" in str(pst.plan(sparse))
+    again = pst.sparsify(copy.deepcopy(model), ticket, plan={n: f for n, f in formats.items() if f == "tiled"})
+    y, expected = again(x), modules(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(sparse(x), y) and macs(again, x) == macs(modules, x)
+    grads = [torch.autograd.grad(o.square().sum(), list(m.parameters())) for m, o in ((again, y), (modules, expected))]
+    assert all((a - b).norm() < 2e-3 * b.norm().clamp(min=1e-3) for a, b in zip(*grads, strict=True))
+    assert {type(m) for m in pst.densify(sparse).modules()} == {type(m) for m in modules.modules()} - {
+        pst.nn.LayerSkip
+    } | {nn.Identity}
+    with pytest.raises(ValueError, match="does not mask"):
+        pst.sparsify(model, ticket, plan={"fc": "tiled"})
+
+
 def test_hooked_and_lonely_whole_convolutions_stay_outside():
     model = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), nn.Tanh(), conv(4, 4), nn.Tanh(), conv(4, 4))
     model[0].register_forward_pre_hook(lambda *_: None)

@@ -37,16 +37,16 @@ class TiledChain(RewrittenForward):
         return x.device.type == "cpu" and (x.dtype == torch.float32 or half)
 
 
-def tile_chain(model: nn.Module) -> nn.Module:
+def tile_chain(model: nn.Module, whole: bool = False) -> nn.Module:
     """Give the model a forward that runs its sparse convolutions in batch tiles, its masked linear layers in tiles of
     samples (``nn/linear_chain.py``), or both, and return it. A convolution that the ticket left whole joins where it
-    feeds a sparse one or is fed by it.
+    feeds a sparse one or is fed by it; with ``whole`` all of them do, as the network of a layer ticket has no others.
 
     ValueError with the reason when it has no two of either in a row or cannot be traced (:func:`.trace.trace`); the
     model is then as before.
     """
     graph, modules = trace(model)
-    units, runs = _find_units(graph, modules), find_linear_runs(graph, modules)
+    units, runs = _find_units(graph, modules, whole), find_linear_runs(graph, modules)
     if len(units) < 2 and not runs:
         raise ValueError(
             f"{type(model).__name__} has fewer than two sparse convolutions, or masked linear layers in a row, to chain"
@@ -67,10 +67,10 @@ def untile(model: nn.Module) -> nn.Module:
     return own_forward(model)
 
 
-def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module]) -> dict[torch.fx.Node, Unit]:
+def _find_units(graph: torch.fx.Graph, modules: dict[str, nn.Module], whole: bool) -> dict[torch.fx.Node, Unit]:
     """{last node of the unit: unit}, in the order of the graph."""
     units = find_units(graph, modules, _tileable)
-    return {unit.nodes[-1]: unit for unit in _beside_sparse(units, modules)}
+    return {unit.nodes[-1]: unit for unit in (units if whole else _beside_sparse(units, modules))}
 
 
 def _tileable(module: nn.Module) -> bool:
@@ -209,9 +209,10 @@ def _mean(tiles: Tensor, root: Tensor, halo: int) -> Tensor:
     return tiled_mean(tiles, root.shape[0], halo).to(root.dtype)
 
 
-def chained_layers(model: nn.Module) -> list[str]:
-    """Names of the sparse layers that a tiled model runs in its chains; ValueError as :func:`tile_chain`."""
+def chained_layers(model: nn.Module, whole: bool = False) -> list[str]:
+    """Names of the sparse layers, and with ``whole`` of all convolutions, that a tiled model runs in its chains;
+    ValueError as :func:`tile_chain`."""
     graph, modules = trace(model)
-    units = [unit.conv.target for unit in _find_units(graph, modules).values()]
-    convs = [name for name in units if type(modules[name]) is not nn.Conv2d] if len(units) >= 2 else []
+    units = [unit.conv.target for unit in _find_units(graph, modules, whole).values()]
+    convs = [name for name in units if whole or type(modules[name]) is not nn.Conv2d] if len(units) >= 2 else []
     return convs + linear_names(find_linear_runs(graph, modules))

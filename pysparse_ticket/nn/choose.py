@@ -136,11 +136,15 @@ def choose_model(
     swaps: Swaps,
     result: Plan,
     cache: PlanCache,
+    only_blocks: bool,
 ) -> None:
-    """Run the model in one piece, layer by layer or dense: raced against ``dense`` if given, else as asked for."""
+    """Run the model in one piece, layer by layer or dense: raced against ``dense`` if given, else as asked for.
+
+    ``only_blocks``: the ticket removes blocks and nothing else, so that whole convolutions form the chain of tiles.
+    """
     if dense is None:
         if "tiled" in forced.values():
-            _tile(model, result, "asked for")
+            _tile(model, result, "asked for", only_blocks)
         if "stacked" in forced.values():
             _stack(model, result, "asked for")
         if FUSED_NORM in forced.values():
@@ -149,7 +153,7 @@ def choose_model(
     arms = {"dense": dense, "layers": model}
     if not x.is_cuda:  # chains of tiles and stacks are the CPU's; elsewhere they run their modules one by one
         try:
-            arms["tiled"] = _tile(copy.deepcopy(model))
+            arms["tiled"] = _tile(copy.deepcopy(model), whole=only_blocks)
         except ValueError as reason:
             result.notes.append(f"no chain of tiles: {reason}")
         _add_stacked(arms)
@@ -185,7 +189,8 @@ def choose_model(
             best = _fastest(times)
             result.step_ratio = times[best] / times["dense"]
     if best == "tiled":
-        _tile(model, result, f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's")
+        why = f"in one chain, the whole step takes {result.step_ratio:.2f} of the dense one's"
+        _tile(model, result, why, only_blocks)
     elif best == "stacked":
         _stack(model, result, f"as one call, the whole step takes {result.step_ratio:.2f} of the dense one's")
     elif best == FUSED_NORM:
@@ -222,12 +227,14 @@ def run_dense(model: nn.Module, swaps: Swaps, result: Plan, why: str) -> None:
             swaps.exchange(name, swaps.old[name])
 
 
-def _tile(model: nn.Module, result: Plan | None = None, why: str = "") -> nn.Module:
-    names = chained_layers(model)
+def _tile(model: nn.Module, result: Plan | None = None, why: str = "", whole: bool = False) -> nn.Module:
+    names = chained_layers(model, whole)
     for name in names:
         if isinstance(model.get_submodule(name), MaskedModule):
             model.get_submodule(name).set_format("packed")
-    tile_chain(model)
+    tile_chain(model, whole)
+    if whole and result:  # so that a rerun by name finds them
+        result.layers += [LayerPlan(name, "conv2d", (), 0.0, "tiled") for name in names]
     _note(result, names, "tiled", why)
     return model
 

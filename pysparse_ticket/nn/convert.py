@@ -41,7 +41,7 @@ def sparsify(
     sample     an input batch (or a batch whose first entry is the input), of the shape and memory format that
                training will have. With it each masked layer's formats are raced and the fastest kept; then the
                whole step is raced dense, layer by layer, and with the sparse convolutions in one chain of batch tiles
-               (``nn/chain.py``), its dense linear layers as one call (``nn/linear_stack.py``) or the norms behind
+               (``nn/chain.py``; of a ticket that only removes blocks all convolutions), its dense linear layers as one call (``nn/linear_stack.py``) or the norms behind
                "fused" convolutions in their ops (``nn/fused_norms.py``), and the fastest kept. Without it every masked
                layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
@@ -75,12 +75,15 @@ def sparsify(
     forced = dict.fromkeys([*owners, *compact], plan) if isinstance(plan, str) else insisted
     for name, fmt in forced.items():
         if name not in owners and name not in compact:
+            if fmt == "tiled" and isinstance(dict(model.named_modules()).get(name), nn.Conv2d):
+                continue  # in the chain of a layer ticket
             raise ValueError(f"the plan names {name}, which the ticket does not mask")
         known = (*FORMATS, "auto") if name in owners else COMPACT_FORMATS
         known = tuple(dict.fromkeys((*FORMATS, *COMPACT_FORMATS))) if isinstance(plan, str) else known
         if fmt not in known:
             raise ValueError(f"unknown format {fmt!r} for {name}; known: {', '.join(known)}")
-    auto = plan == "auto" and x is not None and bool(owners or compact)
+    only_blocks = bool(ticket.removed_blocks) and not owners and not compact
+    auto = plan == "auto" and x is not None and bool(owners or compact or (only_blocks and not x.is_cuda))
     dense = copy.deepcopy(model) if auto else None
     sites = find_sites(model, x, [*owners, *compact]) if auto else {}
 
@@ -106,7 +109,7 @@ def sparsify(
     else:
         # on the CPU there is one way besides the chain of tiles, and the race of whole steps decides
         choose_filters(model, x if auto and x.is_cuda else None, sites, forced, swaps, result, cache)
-    choose_model(dense, model, x, forced, swaps, result, cache)
+    choose_model(dense, model, x, forced, swaps, result, cache, only_blocks)
     swaps.carry(optimizer)  # last, since a change of format makes new parameters
     model._pysparse_plan = result
     return model
