@@ -8,15 +8,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from . import models
 from .compare import Settings, build, first_batch, load_data
 from .files import write_whole
 from .search import imp
 from .search.rounds import Level, Search
 from .train import Progress, position, train
-from .train_config import steps_per_epoch
+from .train_config import sgd, steps_per_epoch
 
 
 class _Place:
@@ -54,9 +52,7 @@ def find_imp(
     if rewind_step >= steps:
         raise ValueError(f"rewind_step {rewind_step} is not before the last of {steps} steps; lower it or train longer")
     model = build(settings, data, seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
-    )
+    optimizer = sgd(model.parameters(), config)
     if options.get("control") == "reinit":
         fresh = partial(models.build, settings.model, data.classes, data.shape)
         options["init"] = lambda twin: twin.load_state_dict(fresh().state_dict())

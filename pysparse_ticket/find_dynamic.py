@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from . import checkpoint as checkpoints
 from .compare import Settings, build, first_batch, load_data
 from .planner import plan
 from .search import dynamic
 from .ticket import Ticket
 from .train import History, Progress, train
-from .train_config import steps_per_epoch
+from .train_config import sgd, steps_per_epoch
 
 
 class _Choices:
@@ -66,9 +64,7 @@ def find_dynamic(
     choices = _Choices(request, Path(checkpoint))
 
     model = build(settings, data, seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
-    )
+    optimizer = sgd(model.parameters(), config)
     x, _ = first_batch(settings, data, seed)
     how = {"plan": choices.formats} if choices.formats is not None else {"sample": x}
     schedule = dynamic(model, optimizer, seed=seed, **how, **options)

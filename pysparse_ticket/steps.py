@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .measure import peak_bytes
-from .train_config import TrainConfig
+from .train_config import TrainConfig, sgd
 
 
 def dense_rivals(model: nn.Module, x: Tensor, race_compile: bool) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -33,9 +33,7 @@ def training_step(
     model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig
 ) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     """Forward, cross entropy, backward and SGD step of the model on one batch; and its optimizer."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
+    optimizer = sgd(model.parameters(), config)
 
     def one_step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from . import checkpoint as checkpoints
 from .evaluate import autocast_to, evaluate, laid_out
 from .interrupt import Interrupted, sigint_held
-from .train_config import TrainConfig, learning_rate_factor, steps_per_epoch
+from .train_config import TrainConfig, learning_rate_factor, sgd, steps_per_epoch
 
 __all__ = ["History", "Interrupted", "Progress", "TrainConfig", "evaluate", "position", "train"]
 
@@ -125,16 +125,8 @@ class _Run:
         self.samples = len(data.train_labels)
         self.epoch_steps = steps_per_epoch(config, self.samples)
         self.steps = self.epoch_steps * config.epochs
-        if optimizer is None:
-            optimizer = torch.optim.SGD(
-                model.parameters(),
-                config.lr,
-                config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
-            )
-        self.optimizer = optimizer
-        for group in optimizer.param_groups:
+        self.optimizer = sgd(model.parameters(), config) if optimizer is None else optimizer
+        for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         # float16 alone has too few exponent bits for the gradients
         self.scaler = torch.amp.GradScaler("cuda", enabled=config.autocast == "float16" and self.device.type == "cuda")

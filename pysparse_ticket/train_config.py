@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ def steps_per_epoch(config: TrainConfig, samples: int) -> int:
     if steps == 0:
         raise ValueError(f"{samples} training samples give no batch of {config.batch_size}: lower batch_size")
     return steps
+
+
+def sgd(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.SGD:
+    """The config's optimizer over the parameters, at its base rate."""
+    return torch.optim.SGD(
+        parameters, config.lr, config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
+    )
 
 
 def learning_rate_factor(config: TrainConfig, step: int, epoch_steps: int) -> float:

@@ -21,6 +21,7 @@ from pysparse_ticket.models import CifarResNet
 from pysparse_ticket.report import machine, machine_line
 from pysparse_ticket.ticket import clone_state
 from pysparse_ticket.train import TrainConfig, position, train
+from pysparse_ticket.train_config import sgd, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Lab:
 
     @property
     def epoch_steps(self) -> int:
-        return -(-len(self.data.train_labels) // self.setup.batch_size)
+        return steps_per_epoch(self.setup.config(0), len(self.data.train_labels))
 
     @property
     def steps(self) -> int:
@@ -129,8 +130,7 @@ class Lab:
         ]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        c = self.setup.config(0)
-        return torch.optim.SGD(model.parameters(), c.lr, c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay)
+        return sgd(model.parameters(), self.setup.config(0))
 
     def train_until(self, model, optimizer, seed: int, epoch: int) -> dict | None:
         """Train from the start to the end of an epoch; the place to go on from, None for epoch 0."""

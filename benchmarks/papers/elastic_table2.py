@@ -18,6 +18,7 @@ import pysparse_ticket as pst
 from pysparse_ticket import checkpoint as checkpoints
 from pysparse_ticket.files import write_whole
 from pysparse_ticket.train import train
+from pysparse_ticket.train_config import sgd
 
 LEVEL, SOURCE, TIMES = 6, 26, 5
 PAPER = {
@@ -50,7 +51,7 @@ def rigl(runs, name: str, seed: int, network: str, sparsity: float) -> float:
     config = replace(config, epochs=TIMES * config.epochs, milestones=tuple(TIMES * m for m in config.milestones))
     config = replace(config, warmup_epochs=TIMES * config.warmup_epochs)
     model = runs.network(seed, network)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    optimizer = sgd(model.parameters(), config)
     schedule = pst.dynamic(
         model, optimizer, sparsity=sparsity, every=runs.settings.every,
         until=max(1, 3 * runs.epoch_steps * config.epochs // 4), seed=seed,

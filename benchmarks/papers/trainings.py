@@ -21,6 +21,7 @@ from pysparse_ticket import models
 from pysparse_ticket.files import write_whole
 from pysparse_ticket.ticket import clone_state
 from pysparse_ticket.train import TrainConfig, position, train
+from pysparse_ticket.train_config import sgd, steps_per_epoch
 
 
 class Place:
@@ -71,7 +72,7 @@ class Runs:
 
     @property
     def epoch_steps(self) -> int:
-        return -(-len(self.data.train_labels) // self.settings.train.batch_size)
+        return steps_per_epoch(self.settings.train, len(self.data.train_labels))
 
     def dense(self, name: str, seed: int, network: str | None = None, marks=()) -> tuple[dict, dict[int, dict]]:
         """Train the whole network: its accuracy in %, seconds, state ("model") and place; and its state and place after
@@ -148,9 +149,7 @@ class Runs:
     def _search(self, name: str, seed: int, network: str | None, options: Mapping, done: Path) -> None:
         config, levels = self.config(seed), (0, *self.settings.rounds)
         model = self.network(seed, network)
-        optimizer = torch.optim.SGD(
-            model.parameters(), config.lr, config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay
-        )
+        optimizer = sgd(model.parameters(), config)
         place, rewind = Place(), self.settings.rewind_step
         rates = [round(1 - 0.8 ** (b - a), 12) for a, b in pairwise(levels)]
         search = pst.imp(
