@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from .compare import Settings, build, first_batch, load_data
 from .files import write_whole
 from .search import imp
 from .search.rounds import Level, Search
-from .train import Progress, position, train
+from .train import History, Progress, position, train
 from .train_config import sgd, steps_per_epoch
 
 
-class _Place:
-    """Where ``train`` stands, carried by the search, so that it is rewound with the weights."""
+class Place:
+    """Where ``train`` stands, carried by a search, so that it is rewound with the weights."""
 
     def __init__(self) -> None:
         self.kept: dict | None = None
@@ -28,6 +28,33 @@ class _Place:
 
     def load_state_dict(self, state: dict) -> None:
         self.kept = state["position"]
+
+
+def train_levels(
+    search: Search,
+    place: Place,
+    run: Callable[..., History],
+    *,
+    rewind_step: int = 0,
+    on_step: Callable[[Level, Progress], None] = lambda *_: None,
+) -> Iterator[tuple[Level, History, float]]:
+    """Train each level of a search that carries ``place`` to its end, with a checkpoint in the level's folder.
+
+    ``run`` is ``train`` with the search's model and optimizer, the data and the config. Yields the level, its history
+    and its seconds from the rewind step on, which alone differ between levels; goes on at the last checkpoint.
+    """
+    for level in search:
+        for done in search.levels:
+            (done.folder / "training.checkpoint").unlink(missing_ok=True)
+        checkpoint = level.folder / "training.checkpoint"
+        go = partial(run, checkpoint=checkpoint, on_step=partial(on_step, level))
+        if search.rewind is None:
+            go(stop_after=rewind_step)
+            place.kept = position(checkpoint)
+            level.step_done(rewind_step)
+        place.kept = search.rewind["carry"][0]["position"]
+        history = go(start=place.kept)
+        yield level, history, history.seconds[-1] - (place.kept["seconds"] if place.kept else 0.0)
 
 
 def find_imp(
@@ -56,7 +83,7 @@ def find_imp(
     if options.get("control") == "reinit":
         fresh = partial(models.build, settings.model, data.classes, data.shape)
         options["init"] = lambda twin: twin.load_state_dict(fresh().state_dict())
-    place = _Place()
+    place = Place()
     search = imp(
         model,
         optimizer,
@@ -72,24 +99,13 @@ def find_imp(
     def tick(level: Level, progress: Progress) -> None:
         on_progress(f"level {level.index} of {search.rounds}, {level.sparsity:.1%}", progress.step, progress.steps)
 
-    for level in search:
-        for done in search.levels:
-            (done.folder / "training.checkpoint").unlink(missing_ok=True)
-        checkpoint = level.folder / "training.checkpoint"
-        go = partial(
-            train, model, data, config, optimizer=optimizer, checkpoint=checkpoint, on_step=partial(tick, level)
-        )
-        if search.rewind is None:
-            go(stop_after=rewind_step)
-            place.kept = position(checkpoint)
-            level.step_done(rewind_step)
-        place.kept = search.rewind["carry"][0]["position"]
-        history = go(start=place.kept)
+    run = partial(train, model, data, config, optimizer=optimizer)
+    for level, history, seconds in train_levels(search, place, run, rewind_step=rewind_step, on_step=tick):
         row = {
             "level": level.index,
             "sparsity": level.sparsity,
             "accuracy": history.test_accuracy[-1],
-            "train_seconds": history.seconds[-1] - (place.kept["seconds"] if place.kept else 0.0),
+            "train_seconds": seconds,
         }
         write_whole(level.folder / "result.json", json.dumps(row).encode())
     return search, [json.loads((level.folder / "result.json").read_text()) for level in search.levels]

@@ -11,24 +11,12 @@ from pathlib import Path
 import pysparse_ticket as pst
 from evidence.lab import Lab
 from evidence.rows import Row, grouped, middle, of, spread
+from pysparse_ticket.find import Place
 from pysparse_ticket.report import markdown_table
 
 TABLE = "a"
 IMPORTANCES = ("magnitude", "l1", "l2", "softmax", "minmax")
 NETWORK = "resnet20"
-
-
-class Place:
-    """Where training stands: carried by the search, so that it is rewound with the weights."""
-
-    def __init__(self) -> None:
-        self.kept: dict | None = None
-
-    def state_dict(self) -> dict:
-        return {"position": self.kept}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.kept = state["position"]
 
 
 def shown(lab: Lab) -> tuple[int, int]:

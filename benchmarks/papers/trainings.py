@@ -19,22 +19,10 @@ from pysparse_ticket import checkpoint as checkpoints
 from pysparse_ticket import data as datasets
 from pysparse_ticket import models
 from pysparse_ticket.files import write_whole
+from pysparse_ticket.find import Place, train_levels
 from pysparse_ticket.ticket import clone_state
 from pysparse_ticket.train import TrainConfig, position, train
 from pysparse_ticket.train_config import sgd, steps_per_epoch
-
-
-class Place:
-    """Where ``train`` stands, carried by a search, so that it is rewound with the weights."""
-
-    def __init__(self) -> None:
-        self.kept: dict | None = None
-
-    def state_dict(self) -> dict:
-        return {"position": self.kept}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.kept = state["position"]
 
 
 class Runs:
@@ -156,22 +144,13 @@ class Runs:
             model, optimizer, rate=rates, rewind_step=rewind, carry=[place], sample=self.batch(seed)[0],
             folder=self.folder / name, facts={"data": self.settings.data}, plan=self.settings.plan, **options,
         )  # fmt: skip
-        for level in search:
-            for earlier in search.levels:
-                (earlier.folder / "training.checkpoint").unlink(missing_ok=True)
-            checkpoint = level.folder / "training.checkpoint"
-            go = partial(train, model, self.data, config, optimizer=optimizer, checkpoint=checkpoint)
-            if search.rewind is None:
-                go(stop_after=rewind)
-                place.kept = position(checkpoint)
-                level.step_done(rewind)
-            place.kept = search.rewind["carry"][0]["position"]
-            history = go(start=place.kept)
+        run = partial(train, model, self.data, config, optimizer=optimizer)
+        for level, history, seconds in train_levels(search, place, run, rewind_step=rewind):
             row = {
                 "level": levels[level.index],
                 "accuracy": 100 * history.test_accuracy[-1],
                 "sparsity": 100 * level.sparsity,
-                "seconds": history.seconds[-1] - (place.kept["seconds"] if place.kept else 0.0),
+                "seconds": seconds,
             }
             write_whole(level.folder / "result.json", json.dumps(row).encode())
         for level, index in zip(search.levels, levels, strict=True):
