@@ -42,7 +42,7 @@ def check(what: str, model: nn.Module, dense: nn.Module, x: Tensor, y: Tensor) -
     ours, theirs = copy.deepcopy(model).train(), copy.deepcopy(dense).train()
     before = _weights(densify(copy.deepcopy(model)))
     logits = []
-    with _strict_float32(x.device):
+    with strict_float32():
         for one in (ours, theirs):
             out = one(x)
             F.cross_entropy(out, y).backward()
@@ -62,22 +62,26 @@ def check(what: str, model: nn.Module, dense: nn.Module, x: Tensor, y: Tensor) -
 
 
 @contextlib.contextmanager
-def _strict_float32(device: torch.device) -> Iterator[None]:
+def strict_float32() -> Iterator[None]:
     """Within it no product or convolution on a GPU takes TF32, whose 10 bits would hide an error."""
-    if device.type != "cuda":
+    if not torch.cuda.is_available():
         yield
         return
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = _allow_tf32(False, False)
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> tuple[bool, bool]:
+    """Sets both and returns what they were."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the older setting, which all compilers still read
-        before = [one.allow_tf32 for one in settings]
-        try:
-            for one in settings:
-                one.allow_tf32 = False
-            yield
-        finally:
-            for one, value in zip(settings, before, strict=True):
-                one.allow_tf32 = value
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    return before
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

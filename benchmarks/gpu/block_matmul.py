@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu.checks import strict_float32
 from gpu.linear_arms import Problem
 from gpu.program import BF16, Recorder, attempt, options, race, wanted
 from pysparse_ticket.granularity import expand_blocks
+from pysparse_ticket.same_function import strict_float32
 
 SPARSITIES = (0.9, 0.75, 0.95, 0.5)  # the middle of the table first
 # output and input features, tokens, block

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu.checks import strict_float32
 from gpu.program import BF16, Recorder, options
 from gpu.record import Row
 from gpu.timing import prepare, timed
+from pysparse_ticket.same_function import strict_float32
 
 
 def main(argv: Sequence[str] | None = None) -> Recorder:

@@ -1,10 +1,6 @@
-"""Relative errors, what a dtype allows, and fp32 without TF32."""
+"""Relative errors, and what a dtype allows."""
 
 from __future__ import annotations
-
-import contextlib
-import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,18 +18,3 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     scale = b.norm().item()
     error = ((a - b).norm().item()) / (scale or 1.0)
     return error if error == error else float("inf")
-
-
-@contextlib.contextmanager
-def strict_float32() -> Iterator[None]:
-    """Within it no product or convolution of fp32 takes TF32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the older setting, which all compilers still read
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -15,12 +15,13 @@ import torch
 from bf16 import avoid_broken_amx
 from torch import Tensor, nn
 
-from gpu.checks import LIMITS, relative_error, strict_float32
+from gpu.checks import LIMITS, relative_error
 from gpu.tickets import block_mask
 from pysparse_ticket.granularity import expand_blocks
 from pysparse_ticket.nn import FilterSparseConv2d, MaskedConv2d, MaskedLinear
 from pysparse_ticket.ops.filter_conv2d_norm import filter_conv2d_norm
 from pysparse_ticket.ops.masked_linear import linear_schedule
+from pysparse_ticket.same_function import strict_float32
 
 LINEAR = ((37, 70, 53), (130, 200, 136))  # samples, input and output features
 CONV = ((3, 20, 9, 24, 1), (2, 17, 10, 19, 2))  # images, input channels, side, filters, stride

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu.checks import strict_float32
 from gpu.linear_arms import Problem
 from gpu.program import BF16, Arm, Recorder, attempt, options, race, wanted
+from pysparse_ticket.same_function import strict_float32
 
 SHAPE, TINY = (4096, 4096, 8192), (48, 40, 33)
 UNEVEN = 0.5  # of log-normal scales of rows and columns
