@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import triton
 
+from pysparse_ticket.outcomes import Outcomes
+
 from .tile_configs import Config
 
 _chosen: dict[tuple, Config] = {}
-_stored: dict[str, dict] | None = None
-
-
-def _file() -> Path:
-    folder = os.environ.get("PYSPARSE_TICKET_CACHE") or Path.home() / ".cache" / "pysparse_ticket"
-    return Path(folder) / "tiles.json"
+_stored: Outcomes | None = None
 
 
 def pick(device: str, kind: tuple, candidates: list[Config], run: Callable[[Config], None]) -> None:
@@ -47,20 +41,13 @@ def _race(key: str, candidates: list[Config], run: Callable[[Config], None]) -> 
     if not times:
         raise RuntimeError(f"no configuration of the tile kernels fits this GPU ({key})")
     best = min(times, key=times.__getitem__)
-    _stored[key] = asdict(best)
-    with contextlib.suppress(OSError):
-        from pysparse_ticket.files import write_whole
-
-        write_whole(_file(), json.dumps(_stored).encode())
+    _stored.keep(key, asdict(best))
     return best
 
 
 def _recall(key: str, candidates: list[Config]) -> Config | None:
     global _stored
     if _stored is None:
-        try:
-            _stored = json.loads(_file().read_text())
-        except (OSError, json.JSONDecodeError):
-            _stored = {}
-    known = _stored.get(key)
+        _stored = Outcomes("tiles.json")
+    known = _stored.known.get(key)
     return next((config for config in candidates if asdict(config) == known), None)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import importlib.util
-import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import write_whole
 from .measure import gpu_facts, interleave
+from .outcomes import Outcomes
 from .structure import eval_mode
 from .ticket import fingerprint
 
@@ -176,19 +173,11 @@ def _medians(arms: Mapping[str, Callable[[], None]], repeats: int, device: torch
     return {name: 1e6 * t.median for name, t in times.items()}
 
 
-class PlanCache:
-    """Outcomes of races by machine, versions and shape: a JSON file in the folder ``PYSPARSE_TICKET_CACHE``."""
+class PlanCache(Outcomes):
+    """Outcomes of races by machine, versions and shape."""
 
     def __init__(self) -> None:
-        folder = os.environ.get("PYSPARSE_TICKET_CACHE") or Path.home() / ".cache" / "pysparse_ticket"
-        self.path = Path(folder) / "plans.json"
-        self.known = self._stored()
-
-    def _stored(self) -> dict[str, dict[str, float]]:
-        try:
-            return json.loads(self.path.read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
+        super().__init__("plans.json")
 
     @staticmethod
     def key(what: str, module: nn.Module, *facts: object) -> str:
@@ -205,13 +194,9 @@ class PlanCache:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get_or_race(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """A new outcome is kept at once, beside what other processes kept meanwhile: a killed call loses one race. A
-        folder that cannot be written costs the next call the races, nothing else."""
+        """A new outcome is kept at once: a killed call loses one race."""
         if key not in self.known:
-            outcome = measure()
-            self.known = self._stored() | self.known | {key: outcome}
-            with contextlib.suppress(OSError):
-                write_whole(self.path, json.dumps(self.known).encode())
+            self.keep(key, measure())
         return self.known[key]
 
 
