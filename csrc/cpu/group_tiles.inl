@@ -1,11 +1,13 @@
-// Included by group_tiles.cpp once per instruction set: kGroup output channels together, so that a pixel loaded once serves
-// each of them that has a weight there. Columns are sorted by which outputs those are, a loop each.
+// GroupKernels of tiles.h for one instruction set (each_isa.inl): kGroup output channels together, so that a pixel loaded once
+// serves each of them that has a weight there. Columns are sorted by which outputs those are, a loop each.
+
+namespace groups {
 
 #include "cpu/tile_block.inl"
 
 constexpr int kPatterns = 1 << kGroup;
 // register block: kGroup outputs x R x Q pixels
-constexpr int kGroupRows = PST_REGS >= 16 && PST_VL == 16 ? 2 : 1;
+constexpr int kGroupRows = PST_REGS >= 16 && PST_W == 16 ? 2 : 1;
 constexpr int kGroupCols = 3;
 
 constexpr int bits(int pattern) { return pattern ? (pattern & 1) + bits(pattern >> 1) : 0; }
@@ -62,7 +64,7 @@ static void group_block(const RowsArgs& a, int row, int col) {
 #pragma GCC unroll 8
         for (int g = 0; g < kGroup; ++g) {
           const int o = g < live ? o0 + g : o0;
-          const float* out = y + o * a.y_plane + sub * PST_VL;
+          const float* out = y + o * a.y_plane + sub * PST_W;
           const float* from = b ? out : a.start ? a.start + (out - a.y) : nullptr;
           const V start = splat(a.bias ? a.bias[o] : 0.f);
 #pragma GCC unroll 8
@@ -70,13 +72,13 @@ static void group_block(const RowsArgs& a, int row, int col) {
 #pragma GCC unroll 8
             for (int q = 0; q < Q; ++q) acc[g][r * Q + q] = from ? load(from + r * y_row + q * y_pix) : start;
         }
-        add_patterns<R, Q>(acc, x + sub * PST_VL, a, seg, a.group_val + a.group_first[at],
+        add_patterns<R, Q>(acc, x + sub * PST_W, a, seg, a.group_val + a.group_first[at],
                            std::make_integer_sequence<int, kPatterns - 1>());
 #pragma GCC unroll 8
         for (int g = 0; g < kGroup; ++g)
           if (g < live) {
             const int o = o0 + g;
-            finish<R, Q>(a, o, sub, first, last, y + o * a.y_plane + sub * PST_VL, acc[g]);
+            finish<R, Q>(a, o, sub, first, last, y + o * a.y_plane + sub * PST_W, acc[g]);
           }
       }
     }
@@ -84,7 +86,7 @@ static void group_block(const RowsArgs& a, int row, int col) {
 }
 
 typedef void (*GroupBlock)(const RowsArgs&, int, int);
-#if PST_VL == 16
+#if PST_W == 16
 static const GroupBlock kGroupBlocks[2][kGroupCols] = {{group_block<1, 1>, group_block<1, 2>, group_block<1, 3>},
                                                        {group_block<2, 1>, group_block<2, 2>, group_block<2, 3>}};
 #else
@@ -116,8 +118,8 @@ static void grad_columns(const RowsArgs& a, const int32_t* plane, const int32_t*
     for (int b = 0; b < B; ++b) out[b] = plane[b] * a.y_plane;
     V sum[B][C] = {};
     for (int row = row0; row < row1; ++row) {
-      const float* x = a.x + row * a.x_row + sub * PST_VL;
-      const float* g = a.y + row * a.y_row + sub * PST_VL;
+      const float* x = a.x + row * a.x_row + sub * PST_W;
+      const float* g = a.y + row * a.y_row + sub * PST_W;
       for (int col = 0; col < a.cols; ++col, x += a.x_pix, g += a.y_pix) {
         V gv[B];
 #pragma GCC unroll 8
@@ -134,7 +136,7 @@ static void grad_columns(const RowsArgs& a, const int32_t* plane, const int32_t*
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) {
-        float* to = acc + (c * B + b) * kLanes + sub * PST_VL;
+        float* to = acc + (c * B + b) * kLanes + sub * PST_W;
         store(to, add ? load(to) + sum[b][c] : sum[b][c]);
       }
   }
@@ -150,7 +152,7 @@ struct GradTile {
 #define PST_GRAD_4(B) PST_GRAD_2(B), grad_columns<B, 3>, grad_columns<B, 4>
 #define PST_GRAD_6(B) PST_GRAD_4(B), grad_columns<B, 5>, grad_columns<B, 6>
 #define PST_GRAD_8(B) PST_GRAD_6(B), grad_columns<B, 7>, grad_columns<B, 8>
-#if PST_VL == 16
+#if PST_W == 16
 static const GradTile kGradTiles[kGroup] = {
     {8, {PST_GRAD_8(1)}}, {8, {PST_GRAD_8(2)}}, {6, {PST_GRAD_6(3)}}, {6, {PST_GRAD_6(4)}}};
 #else
@@ -193,3 +195,7 @@ static void group_grad(const RowsArgs& a, int64_t count, float* sums) {
   }
   if (!once) tile_kernels().reduce(kept, sums, count);
 }
+
+static const GroupKernels kKernels = {kGroupRows, kGroupCols, group_rows, group_grad};
+
+}  // namespace groups

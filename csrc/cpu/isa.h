@@ -1,5 +1,5 @@
 // Run-time choice of instruction set. A kernel is written once with vector extensions in a *.inl file and compiled
-// three times under PST_TARGET_BEGIN_*; callers pick with isa().
+// three times under PST_TARGET_BEGIN_* (each_isa.inl); callers pick with PST_PICK.
 #pragma once
 #include <string>
 
@@ -14,12 +14,21 @@ const char* isa_name(Isa);
 // empty name: back to the machine's best; throws std::runtime_error on an unknown or unsupported name
 void set_isa(const std::string& name);
 
+template <class T>
+const T& picked(const T& portable, const T& avx2, const T& avx512) {
+  const Isa now = isa();
+  return now == Isa::avx512 ? avx512 : now == Isa::avx2 ? avx2 : portable;
+}
+
 }  // namespace pst
 
 #if defined(__x86_64__)
 #define PST_X86 1
+// the NAME of the instruction set that isa() says, of the three that each_isa.inl made
+#define PST_PICK(NAME) ::pst::picked(::pst::portable::NAME, ::pst::avx2::NAME, ::pst::avx512::NAME)
 #else
 #define PST_X86 0
+#define PST_PICK(NAME) (::pst::portable::NAME)
 #endif
 
 #if defined(__clang__)

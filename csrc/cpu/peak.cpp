@@ -10,40 +10,15 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
+#define PST_SOURCE "cpu/peak.inl"
+#include "cpu/each_isa.inl"
+
 namespace pst {
-
-namespace portable {
-#define PST_W 4
-#include "cpu/peak.inl"
-#undef PST_W
-}  // namespace portable
-
-#if PST_X86
-PST_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define PST_W 8
-#include "cpu/peak.inl"
-#undef PST_W
-}  // namespace avx2
-PST_TARGET_END
-
-PST_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define PST_W 16
-#include "cpu/peak.inl"
-#undef PST_W
-}  // namespace avx512
-PST_TARGET_END
-#endif
 
 // floating-point operations per second of all torch threads together: the best of a few runs of some milliseconds
 static double cpu_peak() {
-  double (*run)(int64_t) = portable::chains;
-  int lanes = 4;
-#if PST_X86
-  if (isa() == Isa::avx2) run = avx2::chains, lanes = 8;
-  if (isa() == Isa::avx512) run = avx512::chains, lanes = 16;
-#endif
+  double (*const run)(int64_t) = PST_PICK(chains);
+  const int lanes = PST_PICK(W);
   constexpr int64_t ROUNDS = 2'000'000;
   const int64_t threads = num_threads();
   double best = 0;

@@ -1,7 +1,7 @@
-// Included by pixel_kernels.cpp once per instruction set, with PST_W floats to a vector and PST_REGISTERS vectors of sums.
+// Kernels of pixel_kernels.h for one instruction set (each_isa.inl).
 #include "cpu/vec.h"
 
-constexpr int kRegisters = PST_REGISTERS;
+constexpr int kRegisters = PST_REGS;
 
 // one register: GCC would otherwise recompute every address from its parts
 PST_INLINE const float* in_register(const float* p) {
@@ -333,3 +333,5 @@ static void interleave(const float* even, const float* odd, void* dst, bool half
   else
     interleave_of(even, odd, static_cast<float*>(dst), count);
 }
+
+static const PixelKernels kKernels = {W, kRegisters, rows, weight_grad, reduce, pack, spread, interleave};

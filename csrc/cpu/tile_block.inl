@@ -1,18 +1,18 @@
-// Vectors of PST_VL floats and the epilogue of a register block; every *.inl on batch tiles includes it in its own namespace.
+// Vectors of PST_W floats and the epilogue of a register block; every *.inl on batch tiles includes it in its own namespace.
 
-typedef float V __attribute__((vector_size(PST_VL * 4)));
-typedef float VU __attribute__((vector_size(PST_VL * 4), aligned(4), may_alias));
-typedef int VI __attribute__((vector_size(PST_VL * 4)));
+typedef float V __attribute__((vector_size(PST_W * 4)));
+typedef float VU __attribute__((vector_size(PST_W * 4), aligned(4), may_alias));
+typedef int VI __attribute__((vector_size(PST_W * 4)));
 
-constexpr int kSub = kLanes / PST_VL;
+constexpr int kSub = kLanes / PST_W;
 
 static inline __attribute__((always_inline)) V load(const float* p) { return *(const VU*)p; }
 static inline __attribute__((always_inline)) void store(float* p, V v) { *(VU*)p = v; }
 // past the caches: a line of a fresh result is otherwise read from memory before it is overwritten
 static inline __attribute__((always_inline)) void stream(float* p, V v) {
-#if PST_X86 && PST_VL == 16
+#if PST_X86 && PST_W == 16
   __builtin_ia32_movntps512(p, v);
-#elif PST_X86 && PST_VL == 8
+#elif PST_X86 && PST_W == 8
   __builtin_ia32_movntps256(p, v);
 #else
   store(p, v);
@@ -24,9 +24,9 @@ static inline void stream_end() {
 #endif
 }
 static inline __attribute__((always_inline)) V splat(float s) {
-#if PST_VL == 16
+#if PST_W == 16
   return V{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
-#elif PST_VL == 8
+#elif PST_W == 8
   return V{s, s, s, s, s, s, s, s};
 #else
   return V{s, s, s, s};
@@ -44,7 +44,7 @@ static inline __attribute__((always_inline)) void finish(const RowsArgs& a, int 
                                                          V* acc) {
   const int64_t y_pix = a.y_pix, y_row = a.y_row;
   if (last && a.moments) {
-    float* m = a.moments + o * 3 * kLanes + sub * PST_VL;
+    float* m = a.moments + o * 3 * kLanes + sub * PST_W;
     // sums around the first pixel, so that a mean far from zero costs no digits
     const V origin = first ? acc[0] : load(m);
     V sum = first ? V{} : load(m + kLanes), square = first ? V{} : load(m + 2 * kLanes);
@@ -61,7 +61,7 @@ static inline __attribute__((always_inline)) void finish(const RowsArgs& a, int 
   if (last && a.gate_y) {
     const int64_t at = out - a.y;
     const V scale = splat(a.gate_scale[o]), shift = splat(a.gate_shift[o]), mean = splat(a.gate_mean[o]);
-    float* sums = a.gate_sums + o * 2 * kLanes + sub * PST_VL;
+    float* sums = a.gate_sums + o * 2 * kLanes + sub * PST_W;
     V sum = load(sums), product = load(sums + kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

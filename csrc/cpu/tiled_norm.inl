@@ -1,4 +1,4 @@
-// Included by tiles.cpp after tiles.inl: batch norm, ReLU and residual add on one plane of one channel, 16 samples a pixel.
+// Included by tiles.inl: batch norm, ReLU and residual add on one plane of one channel, 16 samples a pixel.
 
 static inline __attribute__((always_inline)) V max0(V v) {
   return v > 0.f ? v : V{};
@@ -8,7 +8,7 @@ template <bool Residual, bool Relu, bool Out, bool Hot>
 static void norm_act_plane(const NormPlane& args) {
   const NormPlane a = args;  // a copy, since a store may alias what the reference points at
   for (int sub = 0; sub < kSub; ++sub) {
-    const int s = sub * PST_VL;
+    const int s = sub * PST_W;
     const V scale = splat(a.scale), shift = splat(a.shift);
     for (int64_t r = 0; r < a.rows; ++r) {
       const float* y = a.y + r * a.y_row + s;
@@ -63,7 +63,7 @@ template <int G, bool Write>
 static void norm_sums_plane(const NormPlane& args) {
   const NormPlane a = args;  // a copy, since a store may alias what the reference points at
   for (int sub = 0; sub < kSub; ++sub) {
-    const int s = sub * PST_VL;
+    const int s = sub * PST_W;
     const V scale = splat(a.scale), shift = splat(a.shift), mean = splat(a.mean);
     V sum[2] = {}, product[2] = {};
     for (int64_t r = 0; r < a.rows; ++r) {
@@ -103,11 +103,11 @@ template <int G>
 static void norm_grad_plane(const NormPlane& args) {
   const NormPlane a = args;  // a copy, since a store may alias what the reference points at
   for (int sub = 0; sub < kSub; ++sub) {
-    const int s = sub * PST_VL;
+    const int s = sub * PST_W;
     const V scale = splat(a.scale), shift = splat(a.shift), mean = splat(a.mean);
     const V constant = splat(a.constant), slope = splat(a.slope);
     V live;
-    for (int l = 0; l < PST_VL; ++l) live[l] = s + l < a.lanes ? 1.f : 0.f;
+    for (int l = 0; l < PST_W; ++l) live[l] = s + l < a.lanes ? 1.f : 0.f;
     for (int64_t r = 0; r < a.rows; ++r) {
       const float* y = a.y + r * a.y_row + s;
       const float* g = a.g + r * a.g_row + s;
@@ -136,7 +136,7 @@ static void plane_sum(const float* x, int64_t row, int64_t rows, int64_t cols, f
     V sum[2] = {};
     for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < cols; ++i) sum[i % 2] += load(x + r * row + i * kLanes + sub * PST_VL);
-    store(out + sub * PST_VL, sum[0] + sum[1]);
+      for (int64_t i = 0; i < cols; ++i) sum[i % 2] += load(x + r * row + i * kLanes + sub * PST_W);
+    store(out + sub * PST_W, sum[0] + sum[1]);
   }
 }

@@ -1,4 +1,4 @@
-// Included by tiles.cpp once per instruction set, with PST_VL floats to a vector and PST_REGS vector accumulators.
+// TileKernels of tiles.h for one instruction set (each_isa.inl).
 
 #include "cpu/tile_block.inl"
 #include "cpu/bf16.inl"
@@ -19,8 +19,8 @@ static void rows_block(const RowsArgs& a, int row, int col) {
       const bool last = b + 1 == a.blocks;
       if (b && k0 == k1 && !(last && (a.moments || a.gate_y))) continue;
       for (int sub = 0; sub < kSub; ++sub) {
-        float* out = y + o * a.y_plane + sub * PST_VL;
-        const float* in = x + sub * PST_VL;
+        float* out = y + o * a.y_plane + sub * PST_W;
+        const float* in = x + sub * PST_W;
         V acc[R * Q];
         const float* begin_at = b ? out : a.start ? a.start + (out - a.y) : nullptr;
         if (!begin_at) {
@@ -62,9 +62,9 @@ static void grad_block(const RowsArgs& a, int row, int col) {
       const int32_t k0 = begin[o], k1 = end[o];
       if (k0 == k1) continue;
       for (int sub = 0; sub < kSub; ++sub) {
-        const float* grad = y + o * a.y_plane + sub * PST_VL;
-        const float* in = x + sub * PST_VL;
-        float* out = a.acc - a.acc0 * kLanes + sub * PST_VL;
+        const float* grad = y + o * a.y_plane + sub * PST_W;
+        const float* in = x + sub * PST_W;
+        float* out = a.acc - a.acc0 * kLanes + sub * PST_W;
         V g[R * Q];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -132,12 +132,12 @@ static void weight_grad(const RowsArgs& a) { walk(a, kGrad); }
 template <int S>
 static inline __attribute__((always_inline)) void swap_step(V* r) {
   VI low, high;
-  for (int l = 0; l < PST_VL; ++l) {
-    low[l] = l & S ? PST_VL + l - S : l;
-    high[l] = l & S ? PST_VL + l : l + S;
+  for (int l = 0; l < PST_W; ++l) {
+    low[l] = l & S ? PST_W + l - S : l;
+    high[l] = l & S ? PST_W + l : l + S;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < PST_VL; ++i)
+  for (int i = 0; i < PST_W; ++i)
     if (!(i & S)) {
       const V a = r[i], b = r[i + S];
       r[i] = __builtin_shuffle(a, b, low);
@@ -146,10 +146,10 @@ static inline __attribute__((always_inline)) void swap_step(V* r) {
 }
 
 static inline __attribute__((always_inline)) void transpose(V* r) {
-#if PST_VL >= 16
+#if PST_W >= 16
   swap_step<8>(r);
 #endif
-#if PST_VL >= 8
+#if PST_W >= 8
   swap_step<4>(r);
 #endif
   swap_step<2>(r);
@@ -160,9 +160,9 @@ static inline __attribute__((always_inline)) void transpose(V* r) {
 template <int S>
 static inline __attribute__((always_inline)) void add_halves(V* r) {
   VI keep, swap;
-  for (int l = 0; l < PST_VL; ++l) {
-    keep[l] = l & S ? l + PST_VL : l;
-    swap[l] = l & S ? l - S + PST_VL : l + S;
+  for (int l = 0; l < PST_W; ++l) {
+    keep[l] = l & S ? l + PST_W : l;
+    swap[l] = l & S ? l - S + PST_W : l + S;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < S; ++i) r[i] = __builtin_shuffle(r[i], r[i + S], keep) + __builtin_shuffle(r[i], r[i + S], swap);
@@ -170,10 +170,10 @@ static inline __attribute__((always_inline)) void add_halves(V* r) {
 
 // lane l of the result: the sum of r[l]'s lanes
 static inline __attribute__((always_inline)) V sum_lanes(V* r) {
-#if PST_VL >= 16
+#if PST_W >= 16
   add_halves<8>(r);
 #endif
-#if PST_VL >= 8
+#if PST_W >= 8
   add_halves<4>(r);
 #endif
   add_halves<2>(r);
@@ -182,17 +182,17 @@ static inline __attribute__((always_inline)) V sum_lanes(V* r) {
 }
 
 static void reduce(const float* acc, float* out, int64_t count) {
-  for (int64_t k = 0; k < count; k += PST_VL) {
-    const int n = count - k < PST_VL ? int(count - k) : PST_VL;
-    V r[PST_VL];
+  for (int64_t k = 0; k < count; k += PST_W) {
+    const int n = count - k < PST_W ? int(count - k) : PST_W;
+    V r[PST_W];
 #pragma GCC unroll 16
-    for (int i = 0; i < PST_VL; ++i) {
+    for (int i = 0; i < PST_W; ++i) {
       const float* from = acc + (k + (i < n ? i : 0)) * kLanes;
       r[i] = load(from);
-      for (int sub = 1; sub < kSub; ++sub) r[i] += load(from + sub * PST_VL);
+      for (int sub = 1; sub < kSub; ++sub) r[i] += load(from + sub * PST_W);
     }
     const V sum = sum_lanes(r);
-    if (n == PST_VL)
+    if (n == PST_W)
       store(out + k, load(out + k) + sum);
     else
       for (int i = 0; i < n; ++i) out[k + i] += sum[i];
@@ -201,24 +201,24 @@ static void reduce(const float* acc, float* out, int64_t count) {
 
 template <class T>
 static void pack_lines(const T* src, int64_t sample_stride, int lanes, float* dst, const int32_t* table, int64_t count) {
-  for (int64_t j = 0; j < count; j += PST_VL) {
-    const int n = count - j < PST_VL ? int(count - j) : PST_VL;
+  for (int64_t j = 0; j < count; j += PST_W) {
+    const int n = count - j < PST_W ? int(count - j) : PST_W;
     for (int sub = 0; sub < kSub; ++sub) {
-      V r[PST_VL];
-      if (n == PST_VL && lanes >= (sub + 1) * PST_VL) {
+      V r[PST_W];
+      if (n == PST_W && lanes >= (sub + 1) * PST_W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < PST_VL; ++i) r[i] = load(src + (sub * PST_VL + i) * sample_stride + j);
+        for (int i = 0; i < PST_W; ++i) r[i] = load(src + (sub * PST_W + i) * sample_stride + j);
       } else {
-        T part[PST_VL * PST_VL] = {};
-        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i)
-          for (int l = 0; l < n; ++l) part[i * PST_VL + l] = src[(sub * PST_VL + i) * sample_stride + j + l];
-        for (int i = 0; i < PST_VL; ++i) r[i] = load(part + i * PST_VL);
+        T part[PST_W * PST_W] = {};
+        for (int i = 0; i < PST_W && sub * PST_W + i < lanes; ++i)
+          for (int l = 0; l < n; ++l) part[i * PST_W + l] = src[(sub * PST_W + i) * sample_stride + j + l];
+        for (int i = 0; i < PST_W; ++i) r[i] = load(part + i * PST_W);
       }
       transpose(r);
-      float* to = dst + sub * PST_VL;
-      if (n == PST_VL) {
+      float* to = dst + sub * PST_W;
+      if (n == PST_W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < PST_VL; ++i) store(to + table[j + i], r[i]);
+        for (int i = 0; i < PST_W; ++i) store(to + table[j + i], r[i]);
       } else {
         for (int i = 0; i < n; ++i) store(to + table[j + i], r[i]);
       }
@@ -235,25 +235,25 @@ static void pack(const void* src, bool half, int64_t sample_stride, int lanes, f
 
 template <class T>
 static void unpack_lines(const float* src, const int32_t* table, T* dst, int64_t sample_stride, int lanes, int64_t count) {
-  for (int64_t j = 0; j < count; j += PST_VL) {
-    const int n = count - j < PST_VL ? int(count - j) : PST_VL;
-    for (int sub = 0; sub < kSub && sub * PST_VL < lanes; ++sub) {
-      const float* from = src + sub * PST_VL;
-      V r[PST_VL];
-      if (n == PST_VL) {
+  for (int64_t j = 0; j < count; j += PST_W) {
+    const int n = count - j < PST_W ? int(count - j) : PST_W;
+    for (int sub = 0; sub < kSub && sub * PST_W < lanes; ++sub) {
+      const float* from = src + sub * PST_W;
+      V r[PST_W];
+      if (n == PST_W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < PST_VL; ++i) r[i] = load(from + table[j + i]);
+        for (int i = 0; i < PST_W; ++i) r[i] = load(from + table[j + i]);
       } else {
-        for (int i = 0; i < PST_VL; ++i) r[i] = i < n ? load(from + table[j + i]) : V{};
+        for (int i = 0; i < PST_W; ++i) r[i] = i < n ? load(from + table[j + i]) : V{};
       }
       transpose(r);
-      T* to = dst + sub * PST_VL * sample_stride + j;
-      if (n == PST_VL && lanes >= (sub + 1) * PST_VL) {
+      T* to = dst + sub * PST_W * sample_stride + j;
+      if (n == PST_W && lanes >= (sub + 1) * PST_W) {
 #pragma GCC unroll 16
-        for (int i = 0; i < PST_VL; ++i) store(to + i * sample_stride, r[i]);
+        for (int i = 0; i < PST_W; ++i) store(to + i * sample_stride, r[i]);
       } else {
-        T part[PST_VL];
-        for (int i = 0; i < PST_VL && sub * PST_VL + i < lanes; ++i) {
+        T part[PST_W];
+        for (int i = 0; i < PST_W && sub * PST_W + i < lanes; ++i) {
           store(part, r[i]);
           for (int l = 0; l < n; ++l) to[i * sample_stride + l] = part[l];
         }
@@ -268,3 +268,8 @@ static void unpack(const float* src, const int32_t* table, void* dst, bool half,
   else
     unpack_lines(src, table, static_cast<float*>(dst), sample_stride, lanes, count);
 }
+
+#include "cpu/tiled_norm.inl"
+
+static const TileKernels kKernels = {kMaxRows, kMaxCols, rows,      weight_grad, reduce,   pack,
+                                     unpack,   norm_act, norm_sums, norm_grad,   plane_sum};
