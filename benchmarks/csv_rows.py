@@ -37,3 +37,11 @@ def read_rows(kind: type, text: str, maker: str) -> list:
         return int(cell) if types[name] == "int" else cell
 
     return [kind(**{name: value(name, cells[name]) for name in types}) for cells in reader]
+
+
+def measured_on(rows: Iterable) -> str:
+    """A Markdown list: each machine's line, and the works that were measured there."""
+    works: dict[str, list[str]] = {}
+    for row in rows:
+        works.setdefault(row.machine, []).append(row.work)
+    return "".join(f"- {machine}: {', '.join(dict.fromkeys(named))}\n" for machine, named in works.items())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from csv_rows import read_rows, write_rows
+from csv_rows import measured_on, read_rows, write_rows
 
 from pysparse_ticket.files import write_whole
 from pysparse_ticket.planner import SLOWER_AT_MOST
@@ -107,13 +107,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> str:
 def to_markdown(rows: Sequence[Row]) -> str:
     """The header, who measured what, and for each work two tables: speed-ups by sparsity, and the steps' figures."""
     works = list(dict.fromkeys(row.work for row in rows))
-    parts = [HEADER, "## Measured on\n"]
-    machines: dict[str, list[str]] = {}
-    for row in rows:
-        named = machines.setdefault(row.machine, [])
-        if row.work not in named:
-            named.append(row.work)
-    parts.append("".join(f"- {machine}: {', '.join(named)}\n" for machine, named in machines.items()))
+    parts = [HEADER, "## Measured on\n", measured_on(rows)]
     for work in works:
         own = [row for row in rows if row.work == work]
         parts += [f"## {work}\n", *speedup_tables(own), step_table(own)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from csv_rows import read_rows, write_rows
+from csv_rows import measured_on, read_rows, write_rows
 
 from gpu.goals import GOALS
 from pysparse_ticket.files import write_whole
@@ -79,13 +79,7 @@ def from_csv(text: str) -> list[Row]:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     works = list(dict.fromkeys(row.work for row in rows))
-    parts = [HEADER, "Measured on\n"]
-    machines: dict[str, list[str]] = {}
-    for row in rows:
-        named = machines.setdefault(row.machine, [])
-        if row.work not in named:
-            named.append(row.work)
-    parts.append("".join(f"- {where}: {', '.join(named)}\n" for where, named in machines.items()))
+    parts = [HEADER, "Measured on\n", measured_on(rows)]
     for work in works:
         own = [row for row in rows if row.work == work]
         parts += [f"## {work}\n", ratio_table(own), value_table(own)]
