@@ -46,7 +46,7 @@ def snip(
     ``bn_mode`` says whether batch norm uses batch or running statistics: it moved 13% of a 10% mask. The gradient is
     the mean over the batches; the paper's division by the sum of all scores changes no order and is left out.
     """
-    return _sensitivity(*_scoring_copy(model, bn_mode), batches, loss)
+    return _magnitudes(_signed(*_scoring_copy(model, bn_mode), batches, loss))
 
 
 def snip_scaled(
@@ -70,21 +70,23 @@ def snip_scaled(
         for name, weight in weights.items():
             drawn = nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator).to(weight)
             weight.copy_(drawn * masks[name].to(weight) if masks else drawn)
-    return _sensitivity(twin, weights, batches, loss)
+    return _magnitudes(_signed(twin, weights, batches, loss))
 
 
-def _sensitivity(twin: nn.Module, weights: dict[str, nn.Parameter], batches, loss: Loss) -> dict[str, Tensor]:
+def _signed(twin: nn.Module, weights: dict[str, nn.Parameter], batches, loss: Loss) -> dict[str, Tensor]:
     grads = _mean_gradient(twin, weights, labelled(batches), loss)
-    return {name: (w.detach() * g).abs().double() for (name, w), g in zip(weights.items(), grads, strict=True)}
+    return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
+
+
+def _magnitudes(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: score.abs() for name, score in scores.items()}
 
 
 def grasp_signed(
     model: nn.Module, batches=None, *, loss: Loss = F.cross_entropy, bn_mode: str = "train", **_
 ) -> dict[str, Tensor]:
     """theta dL/dtheta with its sign: reading (b) of GraSP as Jordao et al. 2023 describe it."""
-    twin, weights = _scoring_copy(model, bn_mode)
-    grads = _mean_gradient(twin, weights, labelled(batches), loss)
-    return {name: (w.detach() * g).double() for (name, w), g in zip(weights.items(), grads, strict=True)}
+    return _signed(*_scoring_copy(model, bn_mode), batches, loss)
 
 
 def grasp(
@@ -125,4 +127,4 @@ def grasp_magnitude(model: nn.Module, batches=None, **options) -> dict[str, Tens
 
     Takes the options of :func:`grasp`. It moved 6 to 10% of the bits of a mask against the signed score.
     """
-    return {name: score.abs() for name, score in grasp(model, batches, **options).items()}
+    return _magnitudes(grasp(model, batches, **options))
