@@ -207,10 +207,8 @@ def fresh(name: str, classes: int, shape: Sequence[int], seed: int, device: str)
 
 def first_batch(settings: Settings, data: ImageData, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A seeded batch for scoring and planning."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(len(data.train_labels), generator=generator)[: settings.train.batch_size]
     augment = torch.Generator(settings.train.device).manual_seed(seed)
-    return data.train_batch(index.to(settings.train.device), augment)
+    return data.train_batch(data.draw(settings.train.batch_size, seed), augment)
 
 
 def one_run(settings, data, name: str, search: Search, seed: int, folder: Path, dense_format: str, tick) -> dict:

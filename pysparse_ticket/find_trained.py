@@ -54,9 +54,8 @@ def find_trained(
         raise ValueError(f"scoring needs samples=1 or more, not {samples}")
     data = load_data(settings)
     model = build(settings, data, seed)
-    drawn = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))[:samples]
-    drawn = drawn.to(data.train_images.device)
-    pairs = [(data.normalize(data.train_images[i]), data.train_labels[i]) for i in drawn.split(config.batch_size)]
+    drawn = data.draw(samples, seed)
+    pairs = [data.plain_batch(index) for index in drawn.split(config.batch_size)]
     # the same choice by chance: what cannot be is said before the training, not after it
     after_training(model, pairs[:1], **{k: v for k, v in options.items() if k in _OF_THE_CHOICE} | {"score": "random"})
     early = clone_state(model)

@@ -107,6 +107,16 @@ def test_train_batch_is_augment_then_normalize():
     assert torch.equal(labels, images.train_labels[index])
 
 
+def test_drawn_images_are_the_seeds_and_not_augmented():
+    images = tiny(20, flip=True, crop=1)
+    index = images.draw(6, seed=4)
+    assert index.tolist() == torch.randperm(20, generator=generator(4))[:6].tolist()
+    assert sorted(images.draw(99, seed=4).tolist()) == list(range(20))
+    batch, labels = images.plain_batch(index)
+    assert torch.equal(batch, images.normalize(images.train_images[index]))
+    assert torch.equal(labels, images.train_labels[index])
+
+
 def test_subset_takes_the_first():
     images = tiny(8)
     part = images.subset(train=3, test=1)

@@ -122,12 +122,8 @@ class Lab:
 
     def _pairs(self, seed: int) -> list[tuple[Tensor, Tensor]]:
         """The training images that scores see, in batches, not augmented."""
-        draws = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(self.data.train_labels), generator=draws)[: self.setup.scored]
-        return [
-            (self.data.normalize(self.data.train_images[i]), self.data.train_labels[i])
-            for i in drawn.split(self.setup.batch_size)
-        ]
+        drawn = self.data.draw(self.setup.scored, seed)
+        return [self.data.plain_batch(index) for index in drawn.split(self.setup.batch_size)]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return sgd(model.parameters(), self.setup.config(0))

@@ -51,9 +51,7 @@ class Runs:
 
     def batch(self, seed: int, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Training images drawn by the seed, not augmented, and their labels; one batch by default."""
-        drawn = torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(seed))
-        index = drawn[: count or self.settings.train.batch_size].to(self.data.train_images.device)
-        return self.data.normalize(self.data.train_images[index]), self.data.train_labels[index]
+        return self.data.plain_batch(self.data.draw(count or self.settings.train.batch_size, seed))
 
     def config(self, seed: int) -> TrainConfig:
         return replace(self.settings.train, seed=seed)

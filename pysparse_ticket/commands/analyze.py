@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from torch import Tensor, nn
@@ -179,8 +178,8 @@ def _inputs(images: ImageData, settings: Settings, samples: int) -> list[Tensor]
     """Seeded training images in batches, not augmented."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    drawn = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[:samples]
-    return [images.normalize(images.train_images[i]) for i in drawn.split(settings.train.batch_size)]
+    drawn = images.draw(samples, seed=0)
+    return [images.plain_batch(index)[0] for index in drawn.split(settings.train.batch_size)]
 
 
 def _load(network: nn.Module, state: dict[str, Tensor], file: Path, removed: Sequence[str]) -> None:

@@ -130,6 +130,16 @@ class ImageData:
         flat = images.reshape(count, channels, -1).gather(2, pixels.expand(-1, channels, -1))
         return flat.view(count, channels, height, width)
 
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Indices of ``count`` training images (all, where there are fewer), int64, drawn by the seed."""
+        drawn = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(seed))[:count]
+        return drawn.to(self.train_images.device)
+
+    def plain_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The training images of ``index`` (int64 ``[B]``), normalized and not augmented, and their labels."""
+        index = index.to(self.train_images.device)
+        return self.normalize(self.train_images[index]), self.train_labels[index]
+
     def train_batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The training images of ``index`` (int64 ``[B]``), augmented and normalized, and their labels."""
         index = index.to(self.train_images.device)
