@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .compare import check_device, fresh, recipe
+from . import models
+from .compare import check_device, recipe
 from .granularity import parse
 from .measure import Meter, Timing, interleave, macs, parameters, peak_bytes
 from .measure.clock import SHORTEST_WINDOW
@@ -87,7 +88,7 @@ def bench(
     config, budgets = settings.train, settings.budgets()
     stages = len(budgets) + 2
     shape = (settings.channels, settings.size, settings.size)
-    network = fresh(settings.model, settings.classes, shape, settings.seed, config.device).train()
+    network = models.fresh(settings.model, settings.classes, shape, settings.seed, config.device).train()
     generator = torch.Generator().manual_seed(settings.seed)
     x = torch.randn(config.batch_size, *shape, generator=generator).to(config.device)
     y = torch.randint(settings.classes, (config.batch_size,), generator=generator).to(config.device)

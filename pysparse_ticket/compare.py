@@ -6,7 +6,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -195,14 +195,7 @@ def load_data(settings: Settings) -> ImageData:
 
 def build(settings: Settings, data: ImageData, seed: int) -> nn.Module:
     """The arm's network at its initialisation: the same for every arm of a seed."""
-    return fresh(settings.model, data.classes, data.shape, seed, settings.train.device)
-
-
-def fresh(name: str, classes: int, shape: Sequence[int], seed: int, device: str) -> nn.Module:
-    """The named network for images of that shape (C, H, W), drawn from the seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return models.build(name, classes, shape).to(device)
+    return models.fresh(settings.model, data.classes, data.shape, seed, settings.train.device)
 
 
 def first_batch(settings: Settings, data: ImageData, seed: int = 0) -> tuple[Tensor, Tensor]:

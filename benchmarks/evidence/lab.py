@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import pysparse_ticket as pst
 from evidence.rows import Row, Store
 from pysparse_ticket import data as datasets
+from pysparse_ticket import models
 from pysparse_ticket.data import ImageData
-from pysparse_ticket.models import CifarResNet
 from pysparse_ticket.report import machine, machine_line
 from pysparse_ticket.ticket import clone_state
 from pysparse_ticket.train import TrainConfig, position, train
@@ -114,11 +114,7 @@ class Lab:
 
     def build(self, network: str, seed: int) -> nn.Module:
         """The network at its initialisation, the same for every arm of a seed."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return CifarResNet(
-                int(network.removeprefix("resnet")), self.data.classes, self.data.shape[0], self.setup.width
-            )
+        return models.fresh(network, self.data.classes, self.data.shape, seed, width=self.setup.width)
 
     def _pairs(self, seed: int) -> list[tuple[Tensor, Tensor]]:
         """The training images that scores see, in batches, not augmented."""

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import pysparse_ticket as pst
@@ -43,11 +42,8 @@ class Runs:
 
     def network(self, seed: int, name: str | None = None) -> nn.Module:
         """The network at its initialisation, the same for every run of a seed."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            options = {"width": self.settings.width} if self.settings.width else {}
-            model = models.build(name or self.settings.network, self.data.classes, self.data.shape, **options)
-        return model.to(self.settings.train.device)
+        wanted, device = name or self.settings.network, self.settings.train.device
+        return models.fresh(wanted, self.data.classes, self.data.shape, seed, device, width=self.settings.width)
 
     def batch(self, seed: int, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Training images drawn by the seed, not augmented, and their labels; one batch by default."""

@@ -54,6 +54,4 @@ def network_like(name: str, ticket: Ticket, seed: int) -> tuple[nn.Module, Tenso
     flat = len(first) == 2
     # only the channels of a convolution's input show in its weights; 32x32 is enough for every network
     shape = (first[1], 1, 1) if flat and name.startswith(("mlp", "lenet")) else (1 if flat else first[1], 32, 32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return models.build(name, classes, shape), torch.ones(1, *shape)
+    return models.fresh(name, classes, shape, seed), torch.ones(1, *shape)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from .imagenet_resnet import BLOCKS, Bottleneck, ImageNetResNet
@@ -21,6 +22,7 @@ __all__ = [
     "Mlp",
     "Vgg",
     "build",
+    "fresh",
     "lenet_300_100",
     "mlp_n",
     "names",
@@ -71,6 +73,13 @@ def build(name: str, num_classes: int, in_shape: Sequence[int], width: int | Non
         _at_least(32 if match[1] == "imagenet" else 8, name, in_shape)
         return ImageNetResNet(int(match[2]), num_classes, in_shape[0], stem=match[1], **scaled)
     raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}")
+
+
+def fresh(name: str, num_classes: int, in_shape: Sequence[int], seed: int, device: str = "cpu", **options) -> nn.Module:
+    """`build` with weights drawn from the seed, on the device; torch's own generators stay where they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(name, num_classes, in_shape, **options).to(device)
 
 
 def _at_least(pixels: int, name: str, in_shape: Sequence[int]) -> None:
