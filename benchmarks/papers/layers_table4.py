@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from layers_setup import FULL, quick
 from recipe import Recipe, main
 
 import pysparse_ticket as pst
 from pysparse_ticket.measure import Meter, interleave, macs, peak_bytes
+from pysparse_ticket.steps import training_step
 
 COLUMNS = ("FLOPs %", "memory %", "CO2 %", "speed-up x")
 PAPER = {
@@ -39,10 +38,10 @@ def measure(runs, part, seed):
     for remove in settings.remove:
         ticket = pst.at_init(models[0], batch, granularity="layer", remove=remove, aggregate=settings.aggregate)
         models[remove] = pst.sparsify(copy.deepcopy(models[0]), ticket)
+    plain = replace(settings.train, nesterov=False, weight_decay=0.0)  # momentum alone
     steps, cost, peak, joules = {}, {}, {}, {}
     for remove, model in models.items():
-        optimizer = torch.optim.SGD(model.parameters(), settings.train.lr, settings.train.momentum)
-        steps[remove] = training_step(model.train(), optimizer, *batch)
+        steps[remove], optimizer = training_step(model.train(), *batch, plain)
         cost[remove] = macs(model, batch[0][:1])
         peak[remove] = peak_bytes(steps[remove], model, optimizer, settings.train.device)
         with Meter(settings.train.device) as meter:
@@ -57,15 +56,6 @@ def measure(runs, part, seed):
         if joules[0] and joules[remove] is not None:
             yield row, "CO2 %", 100 * (1 - joules[remove] / joules[0])
         yield row, "speed-up x", times[0].median / times[remove].median
-
-
-def training_step(model, optimizer, x, y):
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 full = {
