@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..granularity import KEEP_N_OF_M, expand_blocks, parse, pool_blocks, pool_layers, pool_units
 from ..scores import lookup
+from ..scores.activation import random_block
 from ..scores.batches import Batch, first_input
 from ..scores.gradient import Loss
 from ..select import check_scope, check_scores, drop_lowest_blocks, drop_lowest_units, keep_top
@@ -159,8 +160,7 @@ def at_init(
 
 def _pool_block_scores(score, scores, candidates, aggregate: str, seed: int) -> dict[str, float]:
     if score == "random":  # a block's own U(0, 1): the sum over its weights would only rank blocks by their size
-        draws = torch.rand(len(candidates), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return dict(zip(candidates, draws.tolist(), strict=True))
+        return random_block(None, None, candidates, seed=seed)
     return pool_layers(scores, candidates, aggregate)
 
 
