@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import CPU_ERROR, choose_backend, on_cuda
+from .linear_shapes import check_packed
 from .pattern import Pattern
 
 Schedules = tuple[Tensor, Tensor]
@@ -68,17 +69,7 @@ def masked_linear(
     ``linear_schedule(pattern)``, made anew in each call that does not give it.
     ValueError for shapes that do not fit.
     """
-    if len(pattern.shape) != 2:
-        raise ValueError(f"masked_linear takes the pattern of a 2-D mask, not of shape {tuple(pattern.shape)}")
-    out_features, in_features = pattern.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {in_features} input features")
-    if values.shape != (pattern.nnz,):
-        raise ValueError(f"values of shape {tuple(values.shape)} do not match the pattern's {pattern.nnz} nonzeros")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"bias of shape {tuple(bias.shape)} does not match the pattern's {out_features} output features"
-        )
+    check_packed("masked_linear", x, values, bias, pattern)
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: None, 'relu'")
     device = x.device.type
@@ -96,7 +87,7 @@ def masked_linear(
         values.float(),
         None if bias is None else bias.float(),
         *schedules,
-        out_features,
+        pattern.shape[0],
         activation == "relu",
         keep,
     )

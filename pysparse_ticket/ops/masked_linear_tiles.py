@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
+from .linear_shapes import check_features
 from .tile_mask import TileMask
 
 ACTIVATIONS = (None, "relu", "gelu")
@@ -33,13 +34,9 @@ def masked_linear_tiles(
     ``torch.backends.cuda.matmul`` allows it. Under autocast x is cast, values stay as they are. Any other dtype, and a
     CPU tensor unless asked otherwise, runs on ``reference``. ValueError for shapes that do not fit.
     """
-    out_features, in_features = tiles.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the mask's {in_features} input features")
+    check_features(x, bias, tiles.shape, "mask")
     if values.shape != (tiles.tiles, *tiles.tile):
         raise ValueError(f"values of shape {tuple(values.shape)} are not the mask's {(tiles.tiles, *tiles.tile)}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} does not match the mask's {out_features} output features")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: None, 'relu', 'gelu'")
     device = x.device.type

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .linear_shapes import check_features
 from .masked_linear_tiles import DTYPES, masked_linear_tiles
 from .tile_mask import TileMask
 from .tile_order import TileOrder, filled_tiles, tile_order
@@ -148,11 +149,7 @@ def reordered_linear_tiles(
     weight: x is gathered and y spread, one pass of memory each and one each for their gradients, none on a side whose
     order is the identity. A dropped row's output is its bias. No sum depends on the order of threads.
     """
-    out_features, in_features = layout.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the mask's {in_features} input features")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} does not match the mask's {out_features} output features")
+    check_features(x, bias, layout.shape, "mask")
     rows, cols, device = layout.rows, layout.cols, x.device.type
     if torch.is_autocast_enabled(device) and x.dtype in DTYPES:
         x = x.to(torch.get_autocast_dtype(device))  # before it is gathered: half the bytes

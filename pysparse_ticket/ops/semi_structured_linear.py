@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import semi_structured
+from .linear_shapes import check_features
 from .pattern import Pattern
 from .semi_structured import Compressed, is_transposable
 
@@ -118,8 +119,7 @@ def semi_structured_linear(
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, held: CompressedWeight) -> Tensor:
-    if not x.dim() or x.shape[-1] != pattern.shape[1]:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not end in the pattern's {pattern.shape[1]} input features")
+    check_features(x, None, pattern.shape, "pattern")
     dtype = compute_dtype(values)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         x = x.to(dtype)

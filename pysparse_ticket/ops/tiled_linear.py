@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .library import CPU_ERROR, NAMESPACE
+from .linear_shapes import check_packed
 from .masked_linear import Schedules, linear_schedule
 from .pattern import Pattern
 
@@ -77,16 +78,9 @@ def tiled_linear(
     the output, give ``gated=True`` to the layer with the ReLU and ``gate_x=True`` to the next; a dropout may stand
     between them.
     """
-    if len(pattern.shape) != 2:
-        raise ValueError(f"tiled_linear takes the pattern of a 2-D mask, not of shape {tuple(pattern.shape)}")
+    check_packed("tiled_linear", None, values, bias, pattern)
     out_features, in_features = pattern.shape
     _check_tiles(x, samples, in_features)
-    if values.shape != (pattern.nnz,):
-        raise ValueError(f"values of shape {tuple(values.shape)} do not match the pattern's {pattern.nnz} nonzeros")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"bias of shape {tuple(bias.shape)} does not match the pattern's {out_features} output features"
-        )
     if schedules is None:
         schedules = linear_schedule(pattern)
     return _ops.tiled_linear(
