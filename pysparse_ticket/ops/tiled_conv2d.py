@@ -161,16 +161,24 @@ def _check_input(
     outputs, channels = pattern.shape[:2]
     if x.dim() != 5 or x.shape[0] != _tiles(n) or x.shape[1] != channels or x.shape[4] != LANES:
         raise ValueError(f"tiled_conv2d needs tiles [{_tiles(n)}, {channels}, Hp, Wp, 16], not {tuple(x.shape)}")
-    size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
-    out = output_size(size, pattern.shape[2:], stride, padding, dilation)
+    out, shape = _output(x, halo, outputs, pattern.shape[2:], stride, padding, dilation)
     if max(padding) > halo:
         raise ValueError(f"a padding of {padding} needs a halo of {max(padding)}, not {halo}")
     if min(out) < 1:
-        raise ValueError(f"an image of {size[0]}x{size[1]} is smaller than the kernel; use more padding")
-    shape = (x.shape[0], outputs, out[0] + 2 * halo, out[1] + 2 * halo, LANES)
+        size = f"{x.shape[2] - 2 * halo}x{x.shape[3] - 2 * halo}"
+        raise ValueError(f"an image of {size} is smaller than the kernel; use more padding")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"the residual has shape {tuple(residual.shape)}, the output {shape}")
     return out
+
+
+def _output(
+    x: Tensor, halo: int, outputs: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[Pair, tuple[int, ...]]:
+    """Size of the output's images, and shape of their tiles."""
+    size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
+    oh, ow = output_size(size, kernel, stride, padding, dilation)
+    return (oh, ow), (x.shape[0], outputs, oh + 2 * halo, ow + 2 * halo, LANES)
 
 
 def _check_range(x: Tensor, out: Pair, pattern: Pattern, dilation: Pair) -> None:
@@ -248,12 +256,11 @@ def _register() -> None:
         x, values, row_ptr, col, weight, bias, mean, var, residual, n, halo, kernel_size, stride, padding, dilation,
         norm, eps, relu,
     ):  # fmt: skip
-        size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
-        oh, ow = output_size(size, kernel_size, stride, padding, dilation)
         outputs = row_ptr.shape[0] - 1
+        out, shape = _output(x, halo, outputs, kernel_size, stride, padding, dilation)
         return (
-            x.new_empty((x.shape[0], outputs, oh + 2 * halo, ow + 2 * halo, LANES)),
-            x.new_empty((x.shape[0] if norm else 0, outputs, oh, ow, LANES)),
+            x.new_empty(shape),
+            x.new_empty((x.shape[0] if norm else 0, outputs, *out, LANES)),
             x.new_empty((3, outputs)),
         )
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import tiled_reference as reference
 from .library import CPU_ERROR, NAMESPACE
-from .masked_conv2d import Pair, output_size
+from .masked_conv2d import Pair
 from .pattern import Pattern
-from .tiled_conv2d import LANES, _backend, _check_input, _check_range, _norm_arguments, _update_running
+from .tiled_conv2d import _backend, _check_input, _check_range, _norm_arguments, _output, _update_running
 
 _ops = torch.ops.pysparse_ticket
 
@@ -179,11 +179,9 @@ def _register() -> None:
         x, stats, weight, bias, residual, relu, keep, values, row_ptr, col, mean, var, n, halo, kernel_size, stride,
         padding, dilation, eps,
     ):  # fmt: skip
-        size = (x.shape[2] - 2 * halo, x.shape[3] - 2 * halo)
-        oh, ow = output_size(size, kernel_size, stride, padding, dilation)
         outputs = row_ptr.shape[0] - 1
         return (
-            x.new_empty((x.shape[0], outputs, oh + 2 * halo, ow + 2 * halo, LANES)),
+            x.new_empty(_output(x, halo, outputs, kernel_size, stride, padding, dilation)[1]),
             x.new_empty((3, outputs)),
             x.new_empty(x.shape if keep and stats is not None else (0,)),
         )
