@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pysparse_ticket as pst
 from evidence.rows import Row, Store
 from pysparse_ticket import data as datasets
 from pysparse_ticket import models
+from pysparse_ticket.compare import recipe
 from pysparse_ticket.data import ImageData
 from pysparse_ticket.report import machine, machine_line
 from pysparse_ticket.ticket import clone_state
@@ -48,16 +49,7 @@ class Setup:
         return datasets.load(self.data, size=self.size, difficulty=self.difficulty, **counts)
 
     def config(self, seed: int) -> TrainConfig:
-        marks = {round(0.6 * self.epochs), round(0.85 * self.epochs)}
-        return TrainConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            nesterov=True,
-            warmup_epochs=min(1, self.epochs),
-            milestones=tuple(sorted(m for m in marks if 1 <= m < self.epochs)),
-            seed=seed,
-        )
+        return replace(recipe(self.epochs, self.batch_size, self.lr), seed=seed)
 
     def __str__(self) -> str:
         images = (
