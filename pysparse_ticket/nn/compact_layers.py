@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dense_state import DenseState, keep_mask
+from .dense_state import DenseState, keep_mask, part_of
 from .plain_conv2d import plain_conv2d
 
 
@@ -21,11 +21,8 @@ class CompactLinear(DenseState):
         keep_in = keep_mask(keep_in, linear.in_features, "keep_in").to(linear.weight.device)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("in_index", keep_in.nonzero().flatten(), persistent=False)
-        weight = linear.weight.detach()[:, self.in_index].clone()
-        self.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        self.bias = None
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        self.weight = part_of(linear.weight, slice(None), self.in_index)
+        self.bias = part_of(linear.bias)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, keep_in: Tensor) -> CompactLinear:
@@ -72,11 +69,8 @@ class CompactDepthwiseConv2d(DenseState):
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.groups = int(channels.any(1).sum())
         self.register_buffer("out_index", keep.nonzero().flatten(), persistent=False)
-        weight = conv.weight.detach()[self.out_index].clone()
-        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
-        self.bias = None
-        if conv.bias is not None:
-            self.bias = nn.Parameter(conv.bias.detach()[self.out_index].clone(), requires_grad=conv.bias.requires_grad)
+        self.weight = part_of(conv.weight, self.out_index)
+        self.bias = part_of(conv.bias, self.out_index)
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, keep: Tensor) -> CompactDepthwiseConv2d:

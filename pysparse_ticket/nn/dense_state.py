@@ -14,6 +14,24 @@ def keep_mask(keep: Tensor | None, count: int, what: str) -> Tensor:
     return keep
 
 
+def part_of(parameter: nn.Parameter | None, *index: Tensor | slice) -> nn.Parameter | None:
+    """A Parameter of its own with the entries ``index`` of each leading dimension, trained where the whole one is."""
+    if parameter is None:
+        return None
+    part = parameter.detach()
+    for dim, one in enumerate(index):
+        part = part[(slice(None),) * dim + (one,)]
+    return nn.Parameter(part.clone(), requires_grad=parameter.requires_grad)
+
+
+def copied(source: nn.Module, target: nn.Module) -> nn.Module:
+    """The target with copies of the source's state, in its mode."""
+    target.load_state_dict(source.state_dict())
+    for name, parameter in source.named_parameters():
+        target.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return target.train(source.training)
+
+
 class DenseState(nn.Module):
     """Saves and loads compact tensors in the dense module's shapes: ``_dense_slots()`` says where each one lies.
 
@@ -68,10 +86,7 @@ class DenseState(nn.Module):
 
     def fill(self, dense: nn.Module) -> nn.Module:
         """The dense module with copies of this one's state, in its mode."""
-        dense.load_state_dict(self.state_dict())
-        for name, parameter in self.named_parameters():
-            dense.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return dense.train(self.training)
+        return copied(self, dense)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

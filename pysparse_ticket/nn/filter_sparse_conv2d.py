@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.filter_conv2d import filter_conv2d, filter_conv2d_reference
-from .dense_state import DenseState, keep_mask
+from .dense_state import DenseState, copied, keep_mask, part_of
 from .plain_conv2d import plain_conv2d
 
 
@@ -39,11 +39,8 @@ class FilterSparseConv2d(DenseState):
         self.format = "compact"
         self.register_buffer("out_index", keep_out.nonzero().flatten(), persistent=False)
         self.register_buffer("in_index", keep_in.nonzero().flatten(), persistent=False)
-        weight = conv.weight.detach()[self.out_index][:, self.in_index]
-        self.weight = nn.Parameter(weight.clone(), requires_grad=conv.weight.requires_grad)
-        self.bias = None
-        if conv.bias is not None:
-            self.bias = nn.Parameter(conv.bias.detach()[self.out_index].clone(), requires_grad=conv.bias.requires_grad)
+        self.weight = part_of(conv.weight, self.out_index, self.in_index)
+        self.bias = part_of(conv.bias, self.out_index)
 
     @classmethod
     def from_dense(
@@ -133,10 +130,7 @@ class CompactBatchNorm2d(DenseState, nn.BatchNorm2d):
         )
         compact.dense_features = norm.num_features
         compact.register_buffer("index", keep.nonzero().flatten(), persistent=False)
-        compact.load_state_dict(norm.state_dict())
-        for name, parameter in norm.named_parameters():
-            compact.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return compact.train(norm.training)
+        return copied(norm, compact)
 
     def to_dense(self) -> nn.BatchNorm2d:
         like = self.weight if self.affine else self.running_mean
