@@ -1,14 +1,12 @@
 #include "cpu/conv_plan.h"
 
+#include "cpu/floor_div.h"
 #include "cpu/half.h"
 
 namespace pst {
 
 // lines of 64 bytes that a register block may read before the next block evicts them: 36 KB of a 48 KB L1
 constexpr int64_t kL1Lines = 36 * 1024 / 64;
-
-static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-static int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 Plane input_plane(const ConvShape& s) {
   const int64_t need_h = (s.oh() - 1) * s.sh + (s.kh - 1) * s.dh + 1, need_w = (s.ow() - 1) * s.sw + (s.kw - 1) * s.dw + 1;

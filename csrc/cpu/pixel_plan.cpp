@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "cpu/floor_div.h"
+
 namespace pst {
 
 // what a register block reads before the next one evicts it: 36 KB of a 48 KB L1
@@ -12,9 +14,6 @@ constexpr int64_t kBlockEntries = 4;
 constexpr int64_t kPlaneFloats = 512 * 1024 / 4;
 // a band of fewer pixels leaves most sums of a register block unused
 constexpr int64_t kBandPixels = 128;
-
-static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-static int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 namespace {
 // tap t of an axis reads index i * stride + shift[t] for output i of phase[t], which has size[phase] outputs
