@@ -1,6 +1,7 @@
-#include <utility>
-
 #include "cpu/tiles.h"
+
+#include <cstring>
+#include <utility>
 
 #define PST_SOURCE "cpu/group_tiles.inl"
 #include "cpu/each_isa.inl"

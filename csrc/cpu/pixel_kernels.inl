@@ -3,12 +3,6 @@
 
 constexpr int kRegisters = PST_REGS;
 
-// one register: GCC would otherwise recompute every address from its parts
-PST_INLINE const float* in_register(const float* p) {
-  asm("" : "+r"(p));
-  return p;
-}
-
 template <class T>
 PST_INLINE void store_first(T* p, V v, int64_t count) {
   T lanes[W];

@@ -1,13 +1,9 @@
-// Vectors of PST_W floats and the epilogue of a register block; every *.inl on batch tiles includes it in its own namespace.
+// The epilogue of a register block; every *.inl on batch tiles includes it in its own namespace.
 
-typedef float V __attribute__((vector_size(PST_W * 4)));
-typedef float VU __attribute__((vector_size(PST_W * 4), aligned(4), may_alias));
-typedef int VI __attribute__((vector_size(PST_W * 4)));
+#include "cpu/vec.h"
 
 constexpr int kSub = kLanes / PST_W;
 
-static inline __attribute__((always_inline)) V load(const float* p) { return *(const VU*)p; }
-static inline __attribute__((always_inline)) void store(float* p, V v) { *(VU*)p = v; }
 // past the caches: a line of a fresh result is otherwise read from memory before it is overwritten
 static inline __attribute__((always_inline)) void stream(float* p, V v) {
 #if PST_X86 && PST_W == 16
@@ -22,20 +18,6 @@ static inline void stream_end() {
 #if PST_X86
   __builtin_ia32_sfence();
 #endif
-}
-static inline __attribute__((always_inline)) V splat(float s) {
-#if PST_W == 16
-  return V{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
-#elif PST_W == 8
-  return V{s, s, s, s, s, s, s, s};
-#else
-  return V{s, s, s, s};
-#endif
-}
-// one register a row of pixels: GCC would otherwise recompute every address from its parts
-static inline __attribute__((always_inline)) const float* in_register(const float* p) {
-  asm("" : "+r"(p));
-  return p;
 }
 
 // Stores R x Q finished pixels of output o; behind the last block of channels it gathers what the epilogue wants of them

@@ -1,5 +1,8 @@
 #include "cpu/tiles.h"
 
+#include <cstring>
+#include <utility>
+
 #define PST_SOURCE "cpu/tiles.inl"
 #include "cpu/each_isa.inl"
 

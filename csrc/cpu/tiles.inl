@@ -1,7 +1,6 @@
 // TileKernels of tiles.h for one instruction set (each_isa.inl).
 
 #include "cpu/tile_block.inl"
-#include "cpu/bf16.inl"
 
 // R x Q output pixels in registers; S: floats from one pixel to the next on x, 0 when known at run time only
 template <int R, int Q, int S>
@@ -127,60 +126,6 @@ static void walk(const RowsArgs& a, const Block table[3][kMaxCols][4]) {
 static void rows(const RowsArgs& a) { walk(a, kRows); }
 static void weight_grad(const RowsArgs& a) { walk(a, kGrad); }
 
-
-// exchanges blocks of S lanes between rows i and i + S: log2(VL) steps transpose a VL x VL block
-template <int S>
-static inline __attribute__((always_inline)) void swap_step(V* r) {
-  VI low, high;
-  for (int l = 0; l < PST_W; ++l) {
-    low[l] = l & S ? PST_W + l - S : l;
-    high[l] = l & S ? PST_W + l : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < PST_W; ++i)
-    if (!(i & S)) {
-      const V a = r[i], b = r[i + S];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + S] = __builtin_shuffle(a, b, high);
-    }
-}
-
-static inline __attribute__((always_inline)) void transpose(V* r) {
-#if PST_W >= 16
-  swap_step<8>(r);
-#endif
-#if PST_W >= 8
-  swap_step<4>(r);
-#endif
-  swap_step<2>(r);
-  swap_step<1>(r);
-}
-
-// S times 2 vectors to S: half of each sum's lanes in either one
-template <int S>
-static inline __attribute__((always_inline)) void add_halves(V* r) {
-  VI keep, swap;
-  for (int l = 0; l < PST_W; ++l) {
-    keep[l] = l & S ? l + PST_W : l;
-    swap[l] = l & S ? l - S + PST_W : l + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < S; ++i) r[i] = __builtin_shuffle(r[i], r[i + S], keep) + __builtin_shuffle(r[i], r[i + S], swap);
-}
-
-// lane l of the result: the sum of r[l]'s lanes
-static inline __attribute__((always_inline)) V sum_lanes(V* r) {
-#if PST_W >= 16
-  add_halves<8>(r);
-#endif
-#if PST_W >= 8
-  add_halves<4>(r);
-#endif
-  add_halves<2>(r);
-  add_halves<1>(r);
-  return r[0];
-}
-
 static void reduce(const float* acc, float* out, int64_t count) {
   for (int64_t k = 0; k < count; k += PST_W) {
     const int n = count - k < PST_W ? int(count - k) : PST_W;
@@ -191,7 +136,7 @@ static void reduce(const float* acc, float* out, int64_t count) {
       r[i] = load(from);
       for (int sub = 1; sub < kSub; ++sub) r[i] += load(from + sub * PST_W);
     }
-    const V sum = sum_lanes(r);
+    const V sum = reduce_rows(r);
     if (n == PST_W)
       store(out + k, load(out + k) + sum);
     else

@@ -12,6 +12,11 @@ typedef uint32_t VI __attribute__((vector_size(PST_W * 4)));
 PST_INLINE V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 PST_INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 PST_INLINE V splat(float x) { return x - V{}; }
+// one register: GCC would otherwise recompute every address from its parts
+PST_INLINE const float* in_register(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 
 #include "cpu/bf16.inl"
 
