@@ -2,8 +2,8 @@
 
     python benchmarks/bench_layer_skip.py [--compile] [--bf16]
 
-Forward, cross entropy, backward, SGD with momentum. Run by torch's own layers what is left is plain torch: so its rivals
-are eager even with --compile, which would serve both alike, and the rates of both compare the time with the ratio of
+Forward, cross entropy, backward, SGD with momentum. Run layer by layer what is left is plain torch: so its rivals are
+eager even with --compile, which would serve both alike, and the rates of both compare the time with the ratio of
 multiply-adds. Run in one chain of batch tiles it meets compiled rivals too, and beside it stands the dense network in
 such a chain: what the kernels give without removing anything.
 """

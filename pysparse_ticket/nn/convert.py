@@ -40,10 +40,10 @@ def sparsify(
 
     sample     an input batch (or a batch whose first entry is the input), of the shape and memory format that
                training will have. With it each masked layer's formats are raced and the fastest kept; then the
-               whole step is raced dense, layer by layer, and with the sparse convolutions in one chain of batch tiles
-               (``nn/chain.py``; of a ticket that only removes blocks all convolutions), its dense linear layers as one call (``nn/linear_stack.py``) or the norms behind
-               "fused" convolutions in their ops (``nn/fused_norms.py``), and the fastest kept. Without it every masked
-               layer is packed.
+               whole step is raced: dense; layer by layer; in one chain of batch tiles (``nn/chain.py``: the sparse
+               convolutions, or all of them where the ticket only removes blocks); dense linear layers as one call
+               (``nn/linear_stack.py``); the norms behind "fused" convolutions in their ops (``nn/fused_norms.py``).
+               The fastest is kept. Without a sample every masked layer is packed.
     optimizer  its parameters are replaced by the surviving ones, momentum and moments included
     plan       "auto", or "packed", "dense" or "tiled" for all masked layers that can (a grouped one runs dense),
                "stacked" for dense linear layers as one call, "tiles" or "pixels" for the layout of the convolutions,
