@@ -17,39 +17,12 @@
 #include <immintrin.h>
 #endif
 
+#define PST_SOURCE "cpu/masked_linear.inl"
+#include "cpu/each_isa.inl"
+
 namespace pst {
 
-namespace portable {
-#define PST_W 4
-#include "cpu/masked_linear.inl"
-#undef PST_W
-}  // namespace portable
-
-#if PST_X86
-PST_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define PST_W 8
-#include "cpu/masked_linear.inl"
-#undef PST_W
-}  // namespace avx2
-PST_TARGET_END
-
-PST_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define PST_W 16
-#include "cpu/masked_linear.inl"
-#undef PST_W
-}  // namespace avx512
-PST_TARGET_END
-#endif
-
-const LinearKernels& linear_kernels() {
-#if PST_X86
-  if (isa() == Isa::avx512) return avx512::KERNELS;
-  if (isa() == Isa::avx2) return avx2::KERNELS;
-#endif
-  return portable::KERNELS;
-}
+const LinearKernels& linear_kernels() { return PST_PICK(KERNELS); }
 
 namespace {
 
