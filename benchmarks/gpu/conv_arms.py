@@ -38,6 +38,14 @@ class Problem:
     grad: Tensor
     want: dict[str, Tensor]
 
+    @property
+    def keep_out(self) -> Tensor:
+        return self.mask.flatten(1).any(1)
+
+    @property
+    def keep_in(self) -> Tensor:
+        return self.mask.transpose(0, 1).flatten(1).any(1)
+
 
 Arms = Mapping[str, Callable[[Problem], Arm]]
 

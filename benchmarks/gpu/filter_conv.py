@@ -30,8 +30,7 @@ def half(channels: int) -> Tensor:
 
 def sparse(p: Problem, compact: bool, fmt: str | None, name: str) -> Arm:
     """Our module, by physical compaction into cuDNN or in another format that it may have."""
-    last, matrix = torch.channels_last, p.mask[:, :, 0, 0]
-    keep_out, keep_in = matrix.any(1), matrix.any(0)
+    last, keep_out, keep_in = torch.channels_last, p.keep_out, p.keep_in
     module = FilterSparseConv2d.from_dense(
         copy.deepcopy(p.conv), keep_out, keep_in, compact_in=compact, compact_out=compact
     ).to(memory_format=last)

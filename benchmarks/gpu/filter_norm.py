@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gpu.filter_conv import BATCH, LAYERS, SPARSITY, TINY, Problem, problem
+from gpu.conv_arms import BATCH, LAYERS, TINY, Problem, name_of, problem
+from gpu.filter_conv import SPARSITY, half
 from gpu.program import BF16 as DTYPE
 from gpu.program import Arm, Recorder, attempt, compared, limit_of, options, passes, race, wanted
 from pysparse_ticket.nn import FilterSparseConv2d
@@ -76,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     torch.backends.cudnn.benchmark = True
     recorder = Recorder("filter_norm", chosen)
     for channels, side, stride, _ in TINY if chosen.tiny else LAYERS:
-        shape = f"{channels} channels, {side}x{side}, stride {stride}"
+        shape = name_of(channels, side, stride)
         if stride > 1 or not wanted(shape, chosen) or recorder.late(shape):
             continue
-        p = problem(channels, side, stride, 4 if chosen.tiny else BATCH, chosen.device)
+        p = problem(channels, side, stride, 4 if chosen.tiny else BATCH, half(channels).to(chosen.device))
         want = oracle(p)
         ways = (False, True) if chosen.compile else (False,)
         rivals = [attempt(recorder, shape, "rival", SPARSITY, lambda p=p, w=want, c=c: dense(p, w, c)) for c in ways]
