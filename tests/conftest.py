@@ -28,6 +28,14 @@ def gpu_is_there():
     return torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Tests of Triton kernels are the GPU's where there is one, and are interpreted elsewhere."""
+    for item in items:
+        if "gpu_or_interpreter" in item.fixturenames and gpu_is_there():
+            item.add_marker(pytest.mark.gpu)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not gpu_is_there():
         pytest.skip("no CUDA GPU is visible")

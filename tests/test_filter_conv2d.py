@@ -16,6 +16,7 @@ from pysparse_ticket.ops.filter_conv2d import filter_conv2d
 from pysparse_ticket.ops.library import backend_of, use_backend
 from pysparse_ticket.ticket import Ticket, fingerprint
 
+pytestmark = pytest.mark.usefixtures("gpu_or_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

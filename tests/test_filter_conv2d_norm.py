@@ -14,7 +14,7 @@ from pysparse_ticket.ops.filter_conv2d import filter_conv2d
 from pysparse_ticket.ops.filter_conv2d_norm import filter_conv2d_norm
 from pysparse_ticket.ops.library import backend_of
 
-pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # compiled there, interpreted elsewhere
+pytestmark = pytest.mark.usefixtures("gpu_or_interpreter")
 BEHIND = {"norm": (False, False), "relu": (False, True), "add": (True, False), "add relu": (True, True)}
 LAST = torch.channels_last
 

@@ -16,7 +16,7 @@ from pysparse_ticket.nn.fused_norms import FusedNorms, fuse_norms
 from pysparse_ticket.ops.library import backend_of, use_backend
 from pysparse_ticket.ticket import Ticket, fingerprint
 
-pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # compiled there, interpreted elsewhere
+pytestmark = pytest.mark.usefixtures("gpu_or_interpreter")
 KEPT = torch.tensor([True, False, True, True, False, True, False, True])
 
 

@@ -3,7 +3,9 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from gpu import build_in_place, sanitize, stages
@@ -204,3 +206,15 @@ def test_without_a_gpu_nothing_is_called_tested(monkeypatch):
     monkeypatch.setattr(gpu_tests, "gpu_name", lambda: "cpu")
     with pytest.raises(SystemExit, match="torch sees no CUDA GPU; the tests of a CPU are make test"):
         gpu_tests.main()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_tests_of_triton_kernels_are_the_gpus_where_there_is_one(gpu, monkeypatch):
+    marks = {}
+
+    def item(*fixtures):
+        return SimpleNamespace(fixturenames=fixtures, add_marker=lambda mark: marks.setdefault(fixtures, mark.name))
+
+    monkeypatch.setattr(conftest, "gpu_is_there", lambda: gpu)
+    conftest.pytest_collection_modifyitems([item("gpu_or_interpreter", "poison"), item("poison")])
+    assert marks == ({("gpu_or_interpreter", "poison"): "gpu"} if gpu else {})
