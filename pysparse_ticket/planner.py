@@ -18,7 +18,7 @@ from .outcomes import Outcomes
 from .structure import eval_mode
 from .ticket import fingerprint
 
-RACE_SECONDS, MOST_REPEATS = 0.3, 40  # arms of a millisecond differ by less than five calls of them spread
+STEP_SECONDS, MOST_REPEATS = 0.3, 40  # whole steps of a millisecond differ by less than five calls of them spread
 SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
 
 
@@ -162,14 +162,16 @@ def race(
     return _medians(arms, repeats, device)
 
 
-def _medians(arms: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+def _medians(
+    arms: Mapping[str, Callable[[], None]], repeats: int, device: torch.device, seconds: float = 0.0
+) -> dict[str, float]:
+    """At least so many repeats, and on a CPU, where a time is of one call, more within so many seconds."""
     # the first call on a GPU compiles and tunes kernels, so a third one is the first to tell how long a call takes
     warmup = 3 if device.type == "cuda" else 2
     times = interleave(dict(arms), repeats=repeats, warmup=warmup, device=device)
-    if device.type != "cuda":  # there a time is of many calls
-        more = min(MOST_REPEATS, int(RACE_SECONDS / sum(t.median for t in times.values())))
-        if more > repeats:
-            times = interleave(dict(arms), repeats=more, warmup=0, device=device)
+    more = min(MOST_REPEATS, int(seconds / sum(t.median for t in times.values())))
+    if device.type != "cuda" and more > repeats:
+        times = interleave(dict(arms), repeats=more, warmup=0, device=device)
     return {name: 1e6 * t.median for name, t in times.items()}
 
 
@@ -226,4 +228,4 @@ def race_steps(models: Mapping[str, nn.Module], sample: Tensor, repeats: int = 5
     cuda = [sample.device] if sample.is_cuda else []
     with torch.random.fork_rng(devices=cuda):  # dropout draws
         steps = {name: step(copy.deepcopy(model).train(), sample) for name, model in models.items()}
-        return _medians(steps, repeats, sample.device)
+        return _medians(steps, repeats, sample.device, STEP_SECONDS)
