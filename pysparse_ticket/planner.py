@@ -18,7 +18,7 @@ from .outcomes import Outcomes
 from .structure import eval_mode
 from .ticket import fingerprint
 
-STEP_SECONDS, MOST_REPEATS = 0.3, 40  # whole steps of a millisecond differ by less than five calls of them spread
+STEP_SECONDS, MOST_REPEATS = 1.0, 100  # whole steps of a millisecond differ by less than five calls of them spread
 SLOWER_AT_MOST = 1.03  # a sparsified step may take this much of the dense step, before the plan goes back to dense
 
 

@@ -155,6 +155,14 @@ def test_compiled_and_under_autocast_the_modules_run(monkeypatch):
     torch.testing.assert_close(stacked.double()(x.double()).float(), y)
 
 
+def test_pruned_weights_stay_zero_beside_another_use_of_the_weight():
+    stacked = stack_linears(masked_mlp())
+    loss = stacked(torch.randn(3, 1, 8, 8)).sum() + sum((layer.weight + 1).square().sum() for layer in stacked.layers)
+    loss.backward()
+    for layer in stacked.layers:
+        assert layer.weight.grad[~layer.mask].abs().max() == 0 and layer.weight.grad.abs().sum() > 0
+
+
 class Branches(nn.Module):
     """The first output is read twice; a hooked layer stands alone; a dropout parts two runs."""
 

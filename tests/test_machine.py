@@ -27,3 +27,19 @@ def test_a_git_that_does_not_answer_costs_the_revision_alone(monkeypatch, tmp_pa
     (tmp_path / ".git").mkdir()
     assert revision() is None
     assert "revision None" in machine_line(machine())
+
+
+def test_the_revision_tells_of_changed_files_but_stored_results(monkeypatch, tmp_path):
+    source, result = tmp_path / "a" / "b" / "machine.py", tmp_path / "benchmarks" / "results" / "cpu.csv"
+    monkeypatch.setattr(sys.modules[revision.__module__], "__file__", str(source))
+    for path in (source, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*names, "commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    clean = revision()
+    result.write_text("2")
+    assert revision() == clean and not clean.endswith("+")
+    source.write_text("2")
+    assert revision() == clean + "+"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/masked_linear.h"
+#include "cpu/tile_memory.h"
 
 namespace pst {
 
@@ -55,8 +56,9 @@ struct Product {
   void multiply(int64_t t0, int64_t t1, int c0, int c1, F tile) const;
 };
 
+// large ones in kept memory: without, clearing fresh pages was 4% of a step of 1024x1024 at 512 samples
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, shape, type);
+  return type == ScalarType::Float ? new_tiles(like, std::move(shape)) : torch::stable::new_empty(like, shape, type);
 }
 
 // the values in the order in which a schedule uses them; the calling thread's until its next call

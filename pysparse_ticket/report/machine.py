@@ -49,7 +49,7 @@ def package_version() -> str | None:
 
 
 def revision() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None where git cannot say."""
+    """The checkout's commit, with "+" when files differ from it, stored results apart; None where git cannot say."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -59,8 +59,7 @@ def revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):  # no git, not its owner, or a slow disk
         return None
