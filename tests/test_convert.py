@@ -366,3 +366,20 @@ def test_bad_input_leaves_the_model_unchanged():
         pst.sparsify(model, ticket)
     with pytest.raises(ValueError, match="was not sparsified"):
         pst.plan(model)
+
+
+@pytest.mark.parametrize(
+    ("ticket", "ratio", "stays"),
+    [("weight", 0.98, False), ("weight", 0.96, True), ("filter", 1.02, True), ("filter", 1.04, False)],
+)
+def test_masked_layers_have_to_win_and_compact_ones_not_to_lose(ticket, ratio, stays, monkeypatch):
+    torch.manual_seed(0)
+    model, (x, _) = resnet(), batch()
+    found = ticket_of(model, ticket, **({"sparsity": 0.5} if ticket == "weight" else {"remove": 40}))
+    monkeypatch.setattr(
+        "pysparse_ticket.nn.choose.race_steps", lambda arms, _: dict.fromkeys(arms, ratio) | {"dense": 1.0}
+    )
+    monkeypatch.setattr("pysparse_ticket.nn.choose.race", lambda arms, *_: dict.fromkeys(arms, 0.5) | {"plain": 1.0})
+    monkeypatch.setattr("pysparse_ticket.nn.choose.PlanCache.get_or_race", lambda self, key, make: make())
+    formats = {row["format"] for row in pst.plan(pst.sparsify(model, found, x)).rows()}
+    assert (formats != {"dense"}) == stays

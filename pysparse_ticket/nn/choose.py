@@ -8,7 +8,17 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..planner import SLOWER_AT_MOST, LayerPlan, Plan, PlanCache, Site, find_sites, race, race_steps
+from ..planner import (
+    MASKED_AT_MOST,
+    SLOWER_AT_MOST,
+    LayerPlan,
+    Plan,
+    PlanCache,
+    Site,
+    find_sites,
+    race,
+    race_steps,
+)
 from .chain import chained_layers, tile_chain
 from .dense_state import DenseState
 from .filter_sparse_conv2d import CompactBatchNorm2d, FilterSparseConv2d
@@ -178,7 +188,9 @@ def choose_model(
         return
     best = _fastest(times)
     result.step_ratio = times[best] / times["dense"]
-    if result.step_ratio > SLOWER_AT_MOST and {row.format for row in result.layers} - {"dense", "skipped"}:
+    masked = any(isinstance(module, MaskedModule) for module in model.modules())
+    limit = MASKED_AT_MOST if masked else SLOWER_AT_MOST
+    if result.step_ratio > limit and {row.format for row in result.layers} - {"dense", "skipped"}:
         why = f"the whole step took {result.step_ratio:.2f} of the dense one's with sparse layers"
         run_dense(model, swaps, result, why)
         best, result.step_ratio = "layers", None
