@@ -172,9 +172,10 @@ def _medians(
     # the first call on a GPU compiles and tunes kernels, so a third one is the first to tell how long a call takes
     warmup = 3 if device.type == "cuda" else 2
     times = interleave(dict(arms), repeats=repeats, warmup=warmup, device=device)
-    more = min(MOST_REPEATS, int(seconds / sum(t.median for t in times.values())))
-    if device.type != "cuda" and more > repeats:
-        times = interleave(dict(arms), repeats=more, warmup=0, device=device)
+    if seconds and device.type == "cpu":
+        more = min(MOST_REPEATS, int(seconds / max(1e-9, sum(t.median for t in times.values()))))
+        if more > repeats:
+            times = interleave(dict(arms), repeats=more, warmup=0, device=device)
     return {name: 1e6 * t.median for name, t in times.items()}
 
 

@@ -188,7 +188,7 @@ def test_the_plan_races_fused_against_compact_and_dense(monkeypatch):
 
     monkeypatch.setattr(choose, "race", race)
     monkeypatch.setattr(convert, "choose_filters", lambda m, _, *rest: choose.choose_filters(m, x, *rest))
-    monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 1.0))
+    monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 0.5) | {"dense": 1.0})
     with use_backend("reference"):
         model = pst.sparsify(model, ticket, sample=x)
     assert raced == {

@@ -127,7 +127,7 @@ def test_no_chain_of_tiles_is_raced_on_a_gpu(monkeypatch):
     monkeypatch.setattr(choose.PlanCache, "get_or_race", lambda self, key, make: make())
     model = nn.Sequential(nn.Linear(4, 4))
     x = type("X", (), {"is_cuda": True, "shape": (2, 4), "stride": lambda self: (4, 1)})()
-    choose.choose_model(model, model, x, {}, None, planner.Plan(), PlanCache())
+    choose.choose_model(model, model, x, {}, None, planner.Plan(), PlanCache(), False)
     assert raced == [["dense", "layers"]]
 
 

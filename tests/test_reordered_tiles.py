@@ -350,7 +350,7 @@ def planned(monkeypatch, tmp_path, mask, **times):
         return {name: {"plain": 2.0, "other blocks": 3.0}.get(name, times.get(name, 9.0)) for name in arms}
 
     monkeypatch.setattr(choose, "race", race)
-    monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 1.0))
+    monkeypatch.setattr(choose, "race_steps", lambda arms, x: dict.fromkeys(arms, 0.5) | {"dense": 1.0})
     net = nn.Sequential(nn.Linear(mask.shape[1], mask.shape[0]))
     sparse = pst.sparsify(net, pst.Ticket(masks={"0.weight": mask}), sample=torch.randn(5, mask.shape[1]))
     return sparse[0], pst.plan(sparse).layers[0], raced

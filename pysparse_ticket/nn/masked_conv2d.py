@@ -75,8 +75,10 @@ class MaskedConv2d(MaskedModule):
         return masked_conv2d(x, self.values, self.bias, self.pattern, *geometry, layout=layout)
 
     def rival_formats(self, shape: tuple[int, ...]) -> tuple[str, ...]:
-        if self.on_gpu:  # the layouts are the C++ kernels'
+        if self.on_gpu:
             return self.tiled_formats()
+        if not self.col.is_cpu:  # the layouts are the C++ kernels'
+            return ()
         output = output_size(shape[2:], self.kernel_size, self.stride, self.padding_pair, self.dilation)
         return tuple(layout for layout in LAYOUTS if layout != default_layout(shape, output))
 

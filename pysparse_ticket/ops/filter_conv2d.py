@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
+from .library import choose_backend, kernel_module, register_triton
 from .masked_conv2d import Pair, output_size
 
 
@@ -176,15 +176,4 @@ def _with_stats(grad: Tensor | None, grad_stats: Tensor, y: Tensor, stats: Tenso
     return more if grad is None else grad + more
 
 
-def _register() -> None:
-    for name, launch, fake in (
-        ("filter_conv2d", _launch, _fake),
-        ("filter_conv2d_backward", _launch_backward, _fake_backward),
-    ):
-        torch.library.impl(f"{NAMESPACE}::{name}", ("CUDA", "CPU"))(launch)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::filter_conv2d", _backward, setup_context=_setup)
-
-
-if CPU_ERROR is None:
-    _register()
+register_triton("filter_conv2d", _launch, _launch_backward, _fake, _fake_backward, _backward, _setup)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .filter_conv2d import _programs, filter_conv2d, filter_conv2d_reference
-from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
+from .library import choose_backend, kernel_module, register_triton
 from .masked_conv2d import Pair
 
 
@@ -152,15 +152,4 @@ def _backward(ctx, grad):
     )
 
 
-def _register() -> None:
-    for name, launch, fake in (
-        ("filter_conv2d_norm", _launch, _fake),
-        ("filter_conv2d_norm_backward", _launch_backward, _fake_backward),
-    ):
-        torch.library.impl(f"{NAMESPACE}::{name}", ("CUDA", "CPU"))(launch)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::filter_conv2d_norm", _backward, setup_context=_setup)
-
-
-if CPU_ERROR is None:
-    _register()
+register_triton("filter_conv2d_norm", _launch, _launch_backward, _fake, _fake_backward, _backward, _setup)

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -111,6 +111,24 @@ def kernel_module(name: str) -> ModuleType:
     if not inside.is_dir() and (root / "kernels" / f"{name}.py").is_file() and str(root) not in package.__path__:
         package.__path__.append(str(root))  # run from a source tree, where kernels/ lies beside the package
     return importlib.import_module(f"{PACKAGE}.kernels.{name}")
+
+
+def register_triton(
+    op: str,
+    run: Callable,
+    run_backward: Callable,
+    fake: Callable,
+    fake_backward: Callable,
+    backward: Callable,
+    setup: Callable,
+) -> None:
+    """The op and ``<op>_backward``, whose schemas csrc/ops.cpp has, on Triton: on CPU tensors under its interpreter."""
+    if CPU_ERROR is not None:  # no schemas
+        return
+    for name, launch, shapes in ((op, run, fake), (f"{op}_backward", run_backward, fake_backward)):
+        torch.library.impl(f"{NAMESPACE}::{name}", ("CUDA", "CPU"))(launch)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
+    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup)
 
 
 def _checked(backend: str) -> str:

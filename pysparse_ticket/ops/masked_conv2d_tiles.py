@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_tiles import ConvTiles
-from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
+from .library import choose_backend, kernel_module, register_triton
 from .masked_conv2d import output_size
 from .masked_linear_tiles import DTYPES
 
@@ -122,16 +122,4 @@ def _fake_backward(grad, x, values, tensors, shape, tile, stride, padding, dilat
     return grad_x, x.new_empty((values.shape[0], *tile) if need_values else (0,), dtype=dtype)
 
 
-def _register() -> None:
-    for name, run, fake in (
-        ("masked_conv2d_tiles", _run, _fake),
-        ("masked_conv2d_tiles_backward", _run_backward, _fake_backward),
-    ):
-        for device in ("CPU", "CUDA"):  # CPU tensors: under triton's interpreter
-            torch.library.impl(f"{NAMESPACE}::{name}", device)(run)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::masked_conv2d_tiles", _backward, setup_context=_setup)
-
-
-if not CPU_ERROR:
-    _register()
+register_triton("masked_conv2d_tiles", _run, _run_backward, _fake, _fake_backward, _backward, _setup)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import CPU_ERROR, NAMESPACE, choose_backend, kernel_module
+from .library import choose_backend, kernel_module, register_triton
 from .linear_shapes import check_features
 from .tile_mask import TileMask
 
@@ -140,16 +140,4 @@ def _fake_backward(grad, x, values, out, tensors, shape, tile, activation, dtype
     )
 
 
-def _register() -> None:
-    for name, run, fake in (
-        ("masked_linear_tiles", _run, _fake),
-        ("masked_linear_tiles_backward", _run_backward, _fake_backward),
-    ):
-        for device in ("CPU", "CUDA"):  # CPU tensors: under triton's interpreter
-            torch.library.impl(f"{NAMESPACE}::{name}", device)(run)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::masked_linear_tiles", _backward, setup_context=_setup)
-
-
-if not CPU_ERROR:
-    _register()
+register_triton("masked_linear_tiles", _run, _run_backward, _fake, _fake_backward, _backward, _setup)
