@@ -59,8 +59,11 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def plan_cache(tmp_path_factory, monkeypatch):
-    """Races of the tests stay out of the user's cache."""
+    """Races of the tests stay out of the user's cache, and take five steps of each arm."""
+    from pysparse_ticket import planner
+
     monkeypatch.setenv("PYSPARSE_TICKET_CACHE", str(tmp_path_factory.getbasetemp() / "plans"))
+    monkeypatch.setattr(planner, "STEP_SECONDS", 0.0)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
